@@ -78,18 +78,23 @@ def requested(argument: str = AUTO) -> str:
 
 
 def select(op: str, argument: str, *args: Any) -> Callable[..., Any]:
-    """The function that runs ``op`` on ``args``. A backend asked for by name runs it or raises ``BackendError``."""
+    """The function that runs ``op`` on ``args``, of the backend that ``choose`` names."""
+    return _function(choose(op, argument, *args), op)
+
+
+def choose(op: str, argument: str, *args: Any) -> str:
+    """The backend for ``op`` on ``args``: the one asked for by name, or ``BackendError``; else the first that can run it."""
     name = requested(argument)
     if name != AUTO:
         if reason := why_not(name, op, *args):
             raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
-        return _function(name, op)
+        return name
     for candidate in ORDER:
         if why_unavailable(candidate) is not None:
             continue
         reason = _module(candidate).why_not(op, *args)
         if reason is None:
-            return _function(candidate, op)
+            return candidate
         _log_once(op, candidate, reason)
     raise BackendError(f"no backend can run {op}: {explain(op, *args)}")
 

@@ -110,12 +110,18 @@ def dense(weight: Tensor | mk.Prototype, shape: tuple[int, ...]) -> Tensor:
     return weight.values.repeat(size // weight.period + 1)[:size].reshape(shape)
 
 
-def assert_within(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> None:
-    """The error of ``got`` against float64 is at most twice that of plain PyTorch in the same dtype, plus one rounding."""
+def assert_within(
+    name: str, got: Tensor, plain: Tensor, truth: Tensor, computed_in: torch.dtype | None = None
+) -> None:
+    """The error of ``got`` against float64 is at most twice that of plain PyTorch in the same dtype, plus one rounding.
+
+    The rounding is that of ``computed_in``, for a float32 score gradient that both form from a 16-bit weight gradient.
+    """
     assert got.shape == truth.shape, (
         f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     )
     assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
     error = (got.double() - truth).norm()
-    bound = 2 * (plain.double() - truth).norm() + torch.finfo(got.dtype).eps * truth.norm()
+    eps = torch.finfo(computed_in or got.dtype).eps
+    bound = 2 * (plain.double() - truth).norm() + eps * truth.norm()
     assert error <= bound, f"{name}: error {error:.3e} over the bound {bound:.3e}"

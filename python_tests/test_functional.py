@@ -184,7 +184,9 @@ def check_scored(got, function, inputs, weight, scores, mask, rule, grad_y, dtyp
         assert_within(name, *tensors)
     sign = scores.detach().sign() if rule.absolute else 1
     plain_scores = (scale * plain[3] * weight * sign).to(scores.dtype)
-    assert_within("grad scores", got[3], plain_scores, scale * truth[3] * weight.double() * sign)
+    assert_within(
+        "grad scores", got[3], plain_scores, scale * truth[3] * weight.double() * sign, dtype
+    )
 
 
 def test_linear_against_loops(backend: str) -> None:

@@ -1,0 +1,38 @@
+"""Masked neural networks: frozen weights, one trained bit per weight, and kernels that use the bits as they are."""
+
+from . import models, nn, recipes
+from .backends import BackendError, backends, use_backend
+from .functional import masked_conv2d, masked_linear, scored_conv2d, scored_linear
+from .mask import PackedMask
+from .nn import ConversionReport, mask_model_, materialize_, pack_model_, summary
+from .nn.config import MaskConfig
+from .prototype import Prototype, prototype_period
+from .rules import NM, Rule, Threshold, TopK
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "BackendError",
+    "ConversionReport",
+    "MaskConfig",
+    "PackedMask",
+    "Prototype",
+    "Rule",
+    "Threshold",
+    "TopK",
+    "backends",
+    "mask_model_",
+    "masked_conv2d",
+    "masked_linear",
+    "materialize_",
+    "models",
+    "nn",
+    "pack_model_",
+    "prototype_period",
+    "recipes",
+    "scored_conv2d",
+    "scored_linear",
+    "summary",
+    "use_backend",
+]

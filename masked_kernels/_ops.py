@@ -1,0 +1,144 @@
+"""Schemas, fake kernels and dispatch of every op; docs/architecture.md says what each computes.
+
+This file imports torch only. The ops carry no autograd: ``autograd.py`` is what users differentiate through.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import select
+from .backends._layout import conv_memory_format, words_per_row
+
+_library = torch.library.Library("masked_kernels", "DEF")
+
+
+def _define(name: str, arguments: str, fake: Callable[..., Any]) -> Any:
+    """Register ``masked_kernels::name(arguments, str backend) -> Tensor`` and return its default overload."""
+
+    def run(*args: Any) -> Any:
+        return select(name, args[-1], *args[:-1])(*args[:-1])
+
+    _library.define(
+        f"{name}({arguments}, str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    )
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"masked_kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.masked_kernels, name).default
+
+
+def _fake_words(t: Tensor, *_: Any) -> Tensor:
+    rows, cols = t.shape
+    return t.new_empty((rows, words_per_row(cols)), dtype=torch.int32)
+
+
+def _fake_conv_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _fake_masked_conv2d(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    backend: str,
+) -> Tensor:
+    spatial = map(_fake_conv_size, x.shape[2:], kernel_size, stride, padding, dilation)
+    return x.new_empty((x.shape[0], words.shape[0], *spatial)).contiguous(
+        memory_format=conv_memory_format(x)
+    )
+
+
+def _fake_masked_conv2d_grad_x(
+    grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, x_size: list[int], *_: Any
+) -> Tensor:
+    return grad_y.new_empty(x_size).contiguous(memory_format=conv_memory_format(grad_y))
+
+
+def _fake_masked_conv2d_grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    backend: str,
+) -> Tensor:
+    return grad_y.new_empty((words.shape[0], x.shape[1] // groups, *kernel_size))
+
+
+_CONV = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+
+pack = _define("pack", "Tensor mask", _fake_words)
+unpack = _define(
+    "unpack",
+    "Tensor words, SymInt cols",
+    lambda w, cols, _: w.new_empty((w.shape[0], cols), dtype=torch.bool),
+)
+popcount = _define(
+    "popcount", "Tensor words", lambda w, _: w.new_empty(w.shape[0], dtype=torch.int64)
+)
+transpose = _define(
+    "transpose",
+    "Tensor words, SymInt cols",
+    lambda w, cols, _: w.new_empty((cols, words_per_row(w.shape[0]))),
+)
+select_topk = _define("select_topk", "Tensor scores, SymInt drop, bool absolute", _fake_words)
+select_threshold = _define("select_threshold", "Tensor scores, float threshold", _fake_words)
+select_nm = _define("select_nm", "Tensor scores, SymInt n, SymInt m, bool absolute", _fake_words)
+decode = _define(
+    "decode",
+    "Tensor values, Tensor words, SymInt cols",
+    lambda v, w, cols, _: v.new_empty((w.shape[0], cols)),
+)
+masked_linear = _define(
+    "masked_linear",
+    "Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale",
+    lambda x, v, w, *_: x.new_empty((x.shape[0], w.shape[0])),
+)
+masked_linear_grad_x = _define(
+    "masked_linear_grad_x",
+    "Tensor grad_y, Tensor values, Tensor words, Tensor? scale, SymInt cols",
+    lambda g, v, w, s, cols, _: g.new_empty((g.shape[0], cols)),
+)
+masked_linear_grad_weight = _define(
+    "masked_linear_grad_weight",
+    "Tensor grad_y, Tensor x, Tensor words, Tensor? scale",
+    lambda g, x, *_: g.new_empty((g.shape[1], x.shape[1])),
+)
+scored_linear_grad_scores = _define(
+    "scored_linear_grad_scores",
+    "Tensor grad_y, Tensor x, Tensor values, Tensor scores, Tensor? scale, bool absolute",
+    lambda g, x, v, scores, *_: scores.new_empty(scores.shape),
+)
+masked_conv2d = _define(
+    "masked_conv2d",
+    f"Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale, SymInt[] kernel_size, {_CONV}",
+    _fake_masked_conv2d,
+)
+masked_conv2d_grad_x = _define(
+    "masked_conv2d_grad_x",
+    f"Tensor grad_y, Tensor values, Tensor words, Tensor? scale, SymInt[] x_size, SymInt[] kernel_size, {_CONV}",
+    _fake_masked_conv2d_grad_x,
+)
+masked_conv2d_grad_weight = _define(
+    "masked_conv2d_grad_weight",
+    f"Tensor grad_y, Tensor x, Tensor words, Tensor? scale, SymInt[] kernel_size, {_CONV}",
+    _fake_masked_conv2d_grad_weight,
+)
+scored_conv2d_grad_scores = _define(
+    "scored_conv2d_grad_scores",
+    f"Tensor grad_y, Tensor x, Tensor values, Tensor scores, Tensor? scale, bool absolute, {_CONV}",
+    lambda g, x, v, scores, *_: scores.new_empty(scores.shape),
+)

@@ -1,0 +1,128 @@
+"""Which backend runs an op, and why not the others.
+
+A backend is a module of this folder with functions named after the ops of ``_ops.py``, ``why_unavailable() -> str | None``
+and ``why_not(op, *args) -> str | None``. Listing its name in ``ORDER`` is all the registration there is.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+AUTO = "auto"
+ENVIRONMENT_VARIABLE = "MASKED_KERNELS_BACKEND"
+
+_log = logging.getLogger("masked_kernels")
+
+# Process-wide rather than a ContextVar: autograd runs the backward of a GPU graph in threads of its own, and those must obey too.
+_requested = AUTO
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for by name cannot run the op."""
+
+
+def backends() -> dict[str, str | None]:
+    """Map every backend name, best first, to None if it can be used here, else to the reason why not."""
+    return {name: why_unavailable(name) for name in ORDER}
+
+
+@functools.cache
+def why_unavailable(name: str) -> str | None:
+    """None if the backend ``name`` can be used in this process, else the reason why not."""
+    if importlib.util.find_spec(f"{__name__}.{name}") is None:
+        return f"this version of masked_kernels has no {name} backend"
+    reason: str | None = _module(name).why_unavailable()
+    return reason
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the ``with`` block on the backend ``name``; ``"auto"`` restores the automatic choice.
+
+    The setting belongs to the process, threads included. A ``backend=`` argument beats it; it beats the environment variable
+    ``MASKED_KERNELS_BACKEND``. Raises ``ValueError`` for an unknown name and ``BackendError`` for one that is unavailable here.
+    """
+    global _requested
+    check_name(name)
+    if name != AUTO and (reason := why_unavailable(name)):
+        raise BackendError(f"backend {name!r} is unavailable: {reason}")
+    previous, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def check_name(name: str) -> None:
+    if name != AUTO and name not in ORDER:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join((AUTO, *ORDER))}")
+
+
+def requested(argument: str = AUTO) -> str:
+    """The backend in force: the argument, else ``use_backend``, else the environment variable, else ``"auto"``."""
+    if argument != AUTO:
+        name = argument
+    elif _requested != AUTO:
+        name = _requested
+    else:
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    check_name(name)
+    return name
+
+
+def select(op: str, argument: str, *args: Any) -> Callable[..., Any]:
+    """The function that runs ``op`` on ``args``, of the backend that ``choose`` names."""
+    return _function(choose(op, argument, *args), op)
+
+
+def choose(op: str, argument: str, *args: Any) -> str:
+    """The backend for ``op`` on ``args``: the one asked for by name, or ``BackendError``; else the first that can run it."""
+    name = requested(argument)
+    if name != AUTO:
+        if reason := why_not(name, op, *args):
+            raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
+        return name
+    for candidate in ORDER:
+        if why_unavailable(candidate) is not None:
+            continue
+        reason = _module(candidate).why_not(op, *args)
+        if reason is None:
+            return candidate
+        _log_once(op, candidate, reason)
+    raise BackendError(f"no backend can run {op}: {explain(op, *args)}")
+
+
+def why_not(name: str, op: str, *args: Any) -> str | None:
+    """None if the backend ``name`` can run ``op`` on ``args``, else the reason why not."""
+    if reason := why_unavailable(name):
+        return reason
+    reason_not: str | None = _module(name).why_not(op, *args)
+    return reason_not
+
+
+def explain(op: str, *args: Any) -> dict[str, str | None]:
+    """For every backend, best first: None if it can run ``op`` on ``args``, else the reason why not."""
+    return {name: why_not(name, op, *args) for name in ORDER}
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+@functools.cache
+def _function(name: str, op: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(_module(name), op)
+    return function
+
+
+@functools.cache
+def _log_once(op: str, name: str, reason: str) -> None:
+    _log.info("%s: backend %s not used: %s", op, name, reason)

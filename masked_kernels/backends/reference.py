@@ -1,0 +1,199 @@
+"""The specification: every op in plain PyTorch, on any device and in any float dtype, with float64 for truth.
+
+It unpacks, multiplies and calls the library; it is never clever. The other backends are judged by it, and it is a working backend
+itself, last in the order of preference.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._layout import conv_memory_format, words_per_row
+
+
+def why_unavailable() -> str | None:
+    return None
+
+
+def why_not(op: str, *args: object) -> str | None:
+    return None
+
+
+def pack(mask: Tensor) -> Tensor:
+    rows, cols = mask.shape
+    words = words_per_row(cols)
+    bits = F.pad(mask.long(), (0, 32 * words - cols)).view(rows, words, 32)
+    unsigned = (bits << torch.arange(32, device=mask.device)).sum(-1)  # [R, W], 0 .. 2^32 - 1
+    return torch.where(unsigned < 2**31, unsigned, unsigned - 2**32).to(torch.int32)
+
+
+def unpack(words: Tensor, cols: int) -> Tensor:
+    rows = words.shape[0]
+    bits = (
+        words.unsqueeze(-1) >> torch.arange(32, device=words.device, dtype=torch.int32)
+    ) & 1  # [R, W, 32]
+    return bits.view(rows, 32 * words.shape[1])[:, :cols].bool()
+
+
+def popcount(words: Tensor) -> Tensor:
+    return unpack(words, 32 * words.shape[1]).sum(1)
+
+
+def transpose(words: Tensor, cols: int) -> Tensor:
+    return pack(unpack(words, cols).t())
+
+
+def select_topk(scores: Tensor, drop: int, absolute: bool) -> Tensor:
+    keys = _keys(scores, absolute).flatten()
+    mask = torch.ones_like(keys, dtype=torch.bool)
+    mask[keys.argsort(stable=True)[:drop]] = False
+    return pack(mask.view(scores.shape))
+
+
+def select_threshold(scores: Tensor, threshold: float) -> Tensor:
+    return pack(_keys(scores, absolute=False) > threshold)
+
+
+def select_nm(scores: Tensor, n: int, m: int, absolute: bool) -> Tensor:
+    rows, cols = scores.shape
+    keys = _keys(scores, absolute)
+    whole = cols - cols % m
+    groups = _largest(keys[:, :whole].reshape(rows, whole // m, m), n).view(rows, whole)
+    return pack(torch.cat([groups, _largest(keys[:, whole:], n)], dim=1))
+
+
+def decode(values: Tensor, words: Tensor, cols: int) -> Tensor:
+    mask = unpack(words, cols)
+    return torch.where(mask, _fill(values, mask.shape), 0)
+
+
+def masked_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    return F.linear(x, _scaled(decode(values, words, x.shape[1]), scale), bias)
+
+
+def masked_linear_grad_x(
+    grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, cols: int
+) -> Tensor:
+    return grad_y @ _scaled(decode(values, words, cols), scale)
+
+
+def masked_linear_grad_weight(
+    grad_y: Tensor, x: Tensor, words: Tensor, scale: Tensor | None
+) -> Tensor:
+    return torch.where(unpack(words, x.shape[1]), _scaled(grad_y.t() @ x, scale), 0)
+
+
+def scored_linear_grad_scores(
+    grad_y: Tensor, x: Tensor, values: Tensor, scores: Tensor, scale: Tensor | None, absolute: bool
+) -> Tensor:
+    return _grad_scores(grad_y.t() @ x, values, scores, scale, absolute)
+
+
+def masked_conv2d(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    weight = _conv_weight(values, words, scale, x.shape[1] // groups, kernel_size)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return y.contiguous(memory_format=conv_memory_format(x))
+
+
+def masked_conv2d_grad_x(
+    grad_y: Tensor,
+    values: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    x_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    weight = _conv_weight(values, words, scale, x_size[1] // groups, kernel_size)
+    grad_x = torch.nn.grad.conv2d_input(x_size, weight, grad_y, stride, padding, dilation, groups)
+    return grad_x.contiguous(memory_format=conv_memory_format(grad_y))
+
+
+def masked_conv2d_grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    size = (grad_y.shape[1], x.shape[1] // groups, *kernel_size)
+    grad = torch.nn.grad.conv2d_weight(x, size, grad_y, stride, padding, dilation, groups)
+    mask = unpack(words, size[1] * size[2] * size[3]).view(size)
+    return torch.where(mask, _scaled(grad, scale), 0).contiguous()
+
+
+def scored_conv2d_grad_scores(
+    grad_y: Tensor,
+    x: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    scale: Tensor | None,
+    absolute: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    grad = torch.nn.grad.conv2d_weight(x, scores.shape, grad_y, stride, padding, dilation, groups)
+    return _grad_scores(grad, values, scores, scale, absolute).contiguous()
+
+
+def _keys(scores: Tensor, absolute: bool) -> Tensor:
+    if (nan := scores.isnan()).any():
+        raise ValueError(
+            f"scores: NaN at flat index {int(nan.flatten().int().argmax())}; scores must not contain NaN"
+        )
+    return scores.abs() if absolute else scores
+
+
+def _largest(keys: Tensor, n: int) -> Tensor:
+    """True at the n largest along the last dimension; among equals the lower index is dropped first."""
+    order = keys.argsort(dim=-1, stable=True)
+    dropped = order[..., : max(keys.shape[-1] - n, 0)]
+    return torch.ones_like(keys, dtype=torch.bool).scatter(-1, dropped, False)
+
+
+def _fill(values: Tensor, shape: torch.Size) -> Tensor:
+    """Element i of the row-major result is ``values.flatten()[i % values.numel()]``."""
+    flat = values.flatten()
+    index = torch.arange(shape.numel(), device=values.device)
+    return flat[index % max(flat.numel(), 1)].view(shape)
+
+
+def _conv_weight(
+    values: Tensor, words: Tensor, scale: Tensor | None, channels: int, kernel_size: list[int]
+) -> Tensor:
+    kh, kw = kernel_size
+    return _scaled(decode(values, words, channels * kh * kw).view(-1, channels, kh, kw), scale)
+
+
+def _scaled(t: Tensor, scale: Tensor | None) -> Tensor:
+    return t if scale is None else t * scale
+
+
+def _grad_scores(
+    grad: Tensor, values: Tensor, scores: Tensor, scale: Tensor | None, absolute: bool
+) -> Tensor:
+    grad = grad.to(torch.promote_types(grad.dtype, scores.dtype))  # one rounding less for 16-bit x
+    grad = _scaled(grad * _fill(values, grad.shape), scale)
+    return (grad * scores.sign() if absolute else grad).to(scores.dtype)

@@ -1,0 +1,313 @@
+"""The differentiable functions: validate, apply autocast, call the autograd.Function.
+
+All of them compute with ``w_eff = scale * (weight ⊙ mask)``. ``weight`` is a tensor of the mask's shape or a Prototype, read as
+``flat[i] = values[i % period]``. float32, bfloat16, float16 and (reference backend) float64; under autocast x, weight and bias are
+cast to the autocast dtype while scores keep theirs. Shapes: M tokens, K inputs, N outputs; B, C, H, W as in ``F.conv2d``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import autograd
+from ._checks import check_device, check_float, check_like, check_shape, check_type, pair
+from .backends import AUTO
+from .mask import PackedMask
+from .prototype import Prototype
+from .rules import Rule
+
+Weight = Tensor | Prototype
+IntOrPair = int | Sequence[int]
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Weight,
+    mask: PackedMask,
+    bias: Tensor | None = None,
+    *,
+    scale: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``y = scale * x · (weight ⊙ mask)ᵀ + bias``.
+
+    Args:
+        x: ``[..., K]``.
+        weight: ``[N, K]`` or a Prototype, dtype of x. A dense weight that requires grad gets one, ⊙ mask.
+        mask: of shape ``(N, K)``.
+        bias: ``[N]`` or None.
+        scale: number or 0-d tensor (a constant: no gradient), None for 1.
+        backend: runs on exactly this backend or raises ``BackendError`` with the reason; None chooses.
+
+    Returns:
+        ``[..., N]``, dtype of x (or of autocast). Differentiable once in x, bias and a dense weight.
+    """
+    x, values, bias = _autocast(x, weight, bias)
+    check_type("mask", mask, PackedMask)
+    _check_linear(x, values, "mask", mask.shape)
+    _check_operands(x, values, bias, mask.shape)
+    check_device("mask", mask.words, "x", x)
+    y = autograd.MaskedLinear.apply(
+        _tokens(x), values, mask.words, bias, _scale(scale, x), backend or AUTO
+    )
+    return _restore(y, x)
+
+
+def scored_linear(
+    x: Tensor,
+    weight: Weight,
+    scores: Tensor,
+    rule: Rule,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``masked_linear`` with ``mask = rule(scores)``, differentiable in the scores straight through the rule (PEMN, section 3.1).
+
+    The score gradient is ``dL/dw_eff ⊙ w`` times the rule's scale at every position, kept or not, and ⊙ sign(scores) when the
+    rule ranks |score|.
+
+    Args:
+        x: ``[..., K]``.
+        weight: ``[N, K]`` or a Prototype, dtype of x.
+        scores: ``[N, K]``, any float dtype.
+        rule: TopK, Threshold or NM.
+        bias: ``[N]`` or None.
+        backend: as in ``masked_linear``.
+
+    Returns:
+        ``[..., N]``. Raises ``ValueError`` if a score is NaN.
+    """
+    x, values, bias = _autocast(x, weight, bias)
+    _check_scores(scores, rule, x)
+    _check_linear(x, values, "scores", scores.shape)
+    _check_operands(x, values, bias, scores.shape)
+    backend = backend or AUTO
+    words = rule.select(scores, backend)
+    scale = rule.weight_scale(words, scores.numel())
+    y = autograd.ScoredLinear.apply(
+        _tokens(x), values, words, bias, scores, scale, rule.absolute, backend
+    )
+    return _restore(y, x)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Weight,
+    mask: PackedMask,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    *,
+    scale: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``F.conv2d`` with the weight ``scale * (weight ⊙ mask)``.
+
+    Args:
+        x: ``[B, C, H, W]`` or ``[C, H, W]``; channels_last stays channels_last.
+        weight: ``[N, C / groups, kh, kw]`` or a Prototype, dtype of x. A dense weight that requires grad gets one, ⊙ mask.
+        mask: of shape ``(N, C / groups, kh, kw)``.
+        bias: ``[N]`` or None.
+        stride, padding, dilation, groups: as in ``F.conv2d``, ``"same"`` and ``"valid"`` included.
+        scale, backend: as in ``masked_linear``.
+
+    Returns:
+        ``[B, N, H', W']``, dtype of x (or of autocast). Differentiable once in x, bias and a dense weight.
+    """
+    x, values, bias = _autocast(x, weight, bias)
+    check_type("mask", mask, PackedMask)
+    batch, geometry = _check_conv2d(
+        x, values, "mask", mask.shape, stride, padding, dilation, groups
+    )
+    _check_operands(x, values, bias, mask.shape)
+    check_device("mask", mask.words, "x", x)
+    y: Tensor = autograd.MaskedConv2d.apply(
+        batch,
+        values,
+        mask.words,
+        bias,
+        _scale(scale, x),
+        list(mask.shape[2:]),
+        geometry,
+        backend or AUTO,
+    )
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def scored_conv2d(
+    x: Tensor,
+    weight: Weight,
+    scores: Tensor,
+    rule: Rule,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``masked_conv2d`` with ``mask = rule(scores)``, differentiable in the scores as ``scored_linear`` is.
+
+    Args:
+        x: ``[B, C, H, W]`` or ``[C, H, W]``.
+        weight: ``[N, C / groups, kh, kw]`` or a Prototype, dtype of x.
+        scores: ``[N, C / groups, kh, kw]``, any float dtype.
+        rule: TopK, Threshold or NM.
+        bias: ``[N]`` or None.
+        stride, padding, dilation, groups: as in ``F.conv2d``.
+        backend: as in ``masked_linear``.
+
+    Returns:
+        ``[B, N, H', W']``. Raises ``ValueError`` if a score is NaN.
+    """
+    x, values, bias = _autocast(x, weight, bias)
+    _check_scores(scores, rule, x)
+    batch, geometry = _check_conv2d(
+        x, values, "scores", scores.shape, stride, padding, dilation, groups
+    )
+    _check_operands(x, values, bias, scores.shape)
+    backend = backend or AUTO
+    words = rule.select(scores, backend)
+    scale = rule.weight_scale(words, scores.numel())
+    y: Tensor = autograd.ScoredConv2d.apply(
+        batch, values, words, bias, scores, scale, rule.absolute, geometry, backend
+    )
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _autocast(
+    x: Tensor, weight: Weight, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, the values of weight, and bias, in the autocast dtype where autocast is on (custom ops are not on its list)."""
+    check_float("x", x)
+    check_type("weight", weight, (Tensor, Prototype))
+    values = weight.values if isinstance(weight, Prototype) else weight
+    kind = x.device.type
+    if (
+        torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+        and x.dtype != torch.float64
+    ):
+        dtype = torch.get_autocast_dtype(kind)
+        return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+    return x, values, bias
+
+
+def _check_operands(x: Tensor, values: Tensor, bias: Tensor | None, shape: Sequence[int]) -> None:
+    check_like("weight", values, "x", x)
+    if bias is not None:
+        check_type("bias", bias, Tensor)
+        check_shape("bias", bias, shape[:1])
+        check_like("bias", bias, "x", x)
+
+
+def _check_weight(values: Tensor, source: str, shape: Sequence[int], dim: int) -> None:
+    """``shape`` is that of the mask or scores; only a dense weight has a shape of its own."""
+    if len(shape) != dim:
+        raise ValueError(f"{source}: got shape {tuple(shape)}, expected {dim} dimensions")
+    if values.dim() != 1:
+        check_shape("weight", values, shape)
+
+
+def _check_linear(x: Tensor, values: Tensor, source: str, shape: Sequence[int]) -> None:
+    _check_weight(values, source, shape, dim=2)
+    if x.dim() == 0 or x.shape[-1] != shape[1]:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, expected (..., {shape[1]}) for {source} {tuple(shape)}"
+        )
+
+
+def _check_conv2d(
+    x: Tensor,
+    values: Tensor,
+    source: str,
+    shape: Sequence[int],
+    stride: IntOrPair,
+    padding: IntOrPair | str,
+    dilation: IntOrPair,
+    groups: int,
+) -> tuple[Tensor, tuple[list[int], list[int], list[int], int]]:
+    """The batched, where necessary padded x, and (stride, padding, dilation, groups) as the ops take them."""
+    _check_weight(values, source, shape, dim=4)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, C, H, W) or (C, H, W)")
+    batch = x if x.dim() == 4 else x.unsqueeze(0)
+    if groups < 1 or batch.shape[1] != shape[1] * groups or shape[0] % groups:
+        raise ValueError(
+            f"groups: got {groups} with {batch.shape[1]} channels and {source} of shape {tuple(shape)}, expected channels = "
+            f"groups * {shape[1]} and {shape[0]} outputs divisible by groups"
+        )
+    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    batch, paddings = _resolve_padding(batch, padding, shape[2:], strides, dilations)
+    for size, kernel, pad, gap in zip(batch.shape[2:], shape[2:], paddings, dilations, strict=True):
+        if size + 2 * pad < gap * (kernel - 1) + 1:
+            raise ValueError(
+                f"x: got spatial size {tuple(batch.shape[2:])} with padding {tuple(paddings)}, "
+                f"expected room for the kernel {tuple(shape[2:])} with dilation {tuple(dilations)}"
+            )
+    return batch, (strides, paddings, dilations, groups)
+
+
+def _resolve_padding(
+    x: Tensor,
+    padding: IntOrPair | str,
+    kernel: Sequence[int],
+    stride: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, list[int]]:
+    """Symmetric padding as integers; ``"same"`` of an odd total puts its odd one on x itself, at the right and bottom."""
+    if not isinstance(padding, str):
+        return x, pair("padding", padding, 0)
+    if padding == "valid":
+        return x, [0, 0]
+    if padding != "same":
+        raise ValueError(
+            f"padding: got {padding!r}, expected 'same', 'valid', an integer or a pair of integers"
+        )
+    if stride != [1, 1]:
+        raise ValueError(f"padding: got 'same' with stride {tuple(stride)}, expected stride 1")
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if any(t % 2 for t in total):
+        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
+    return x, [t // 2 for t in total]
+
+
+def _check_scores(scores: Tensor, rule: Rule, x: Tensor) -> None:
+    check_float("scores", scores)
+    check_type("rule", rule, Rule)
+    check_device("scores", scores, "x", x)
+
+
+def _scale(scale: float | Tensor | None, x: Tensor) -> Tensor | None:
+    if scale is None:
+        return None
+    if isinstance(scale, Tensor):
+        check_shape("scale", scale, ())
+        check_device("scale", scale, "x", x)
+        if scale.requires_grad:
+            raise ValueError(
+                "scale: got a tensor that requires grad, expected a constant; multiply the output instead"
+            )
+        return scale
+    return torch.full(
+        (),
+        scale,
+        dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+        device=x.device,
+    )
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """``[..., K]`` as ``[M, K]``."""
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def _restore(y: Tensor, x: Tensor) -> Tensor:
+    """``[M, N]`` back to the leading dimensions of x."""
+    return y.view(*x.shape[:-1], y.shape[1])

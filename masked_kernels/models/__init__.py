@@ -1,0 +1,6 @@
+"""Reference models, by name: ``create_model("convmixer", dim=256, depth=8)``."""
+
+from .convmixer import ConvMixer
+from .registry import ModelSpec, create_model, list_models, register_model, spec_of
+
+__all__ = ["ConvMixer", "ModelSpec", "create_model", "list_models", "register_model", "spec_of"]

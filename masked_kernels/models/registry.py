@@ -1,0 +1,45 @@
+"""Models by name, and the record by which a saved file rebuilds one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+
+_builders: dict[str, Callable[..., nn.Module]] = {}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The call that built a model: ``create_model(name, **arguments)``, arguments JSON-able."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+def register_model(builder: Builder) -> Builder:
+    """Make ``builder(**arguments) -> nn.Module`` available under its function name."""
+    _builders[builder.__name__] = builder
+    return builder
+
+
+def create_model(name: str, **arguments: Any) -> nn.Module:
+    """Build a registered model; ``list_models()`` has the names."""
+    if name not in _builders:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(list_models())}")
+    model = _builders[name](**arguments)
+    model._model_spec = ModelSpec(name, arguments)  # type: ignore[assignment]
+    return model
+
+
+def list_models() -> list[str]:
+    """Names that ``create_model`` takes, sorted."""
+    return sorted(_builders)
+
+
+def spec_of(model: nn.Module) -> ModelSpec | None:
+    """The call that built ``model``, or None if ``create_model`` did not."""
+    spec = getattr(model, "_model_spec", None)
+    return spec if isinstance(spec, ModelSpec) else None

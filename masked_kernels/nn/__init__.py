@@ -1,0 +1,19 @@
+"""Masked modules, packed modules, and conversion between them and plain torch modules."""
+
+from .convert import ConversionReport, mask_model_, materialize_, pack_model_
+from .masked import MaskedConv2d, MaskedLinear
+from .packed import PackedConv2d, PackedLinear
+from .summary import Summary, summary
+
+__all__ = [
+    "ConversionReport",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "PackedConv2d",
+    "PackedLinear",
+    "Summary",
+    "mask_model_",
+    "materialize_",
+    "pack_model_",
+    "summary",
+]

@@ -1,0 +1,213 @@
+"""Conversion of whole models: plain -> masked -> packed, and back to plain."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_type
+from ..prototype import Prototype, prototype_period
+from ._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
+from .config import MaskConfig
+from .masked import MaskedConv2d, MaskedLinear, _MaskedLayer
+from .packed import pack_layer
+
+FilterFn = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did: layers converted, as ``{name: description}``, and layers skipped, as ``{name: reason}``."""
+
+    converted: dict[str, str]
+    skipped: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"converted {len(self.converted)}, skipped {len(self.skipped)}"]
+        lines += [f"  {name}: {text}" for name, text in self.converted.items()]
+        lines += [f"  {name}: skipped, {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def mask_model_(
+    model: nn.Module, config: MaskConfig, filter_fn: FilterFn | None = None, seed: int = 0
+) -> ConversionReport:
+    """Replace every ``nn.Linear`` and ``nn.Conv2d`` inside ``model`` by its masked form, in place.
+
+    Scores and, unless ``config.values`` is ``"pretrained"``, frozen values are drawn anew: a layer's draw depends on ``seed`` and on
+    the layer's position alone, so recipes of one seed share scores and initial weights. Global random state is untouched.
+
+    Args:
+        model: a module that contains the layers; a bare ``nn.Linear`` cannot be replaced in place.
+        config: see MaskConfig and the presets in ``masked_kernels.recipes``.
+        filter_fn: ``filter_fn(name, module)`` decides which layers to convert; None converts all.
+        seed: of all draws.
+    """
+    check_type("config", config, MaskConfig)
+    targets, skipped = _find_targets(model, filter_fn)
+    values = _make_values(targets, config, seed)
+    masked: dict[nn.Module, FrozenLayer] = {}
+    for index, (name, plain) in enumerate(targets.items()):
+        layer = masked[plain] = _masked_like(plain, config, values[name])
+        _init_scores(layer, config.score_init, _generator(seed, index, "scores"))
+    _replace(model, masked)
+    if not config.train_norm:
+        _freeze_norms(model)
+    return ConversionReport({name: repr(masked[plain]) for name, plain in targets.items()}, skipped)
+
+
+def pack_model_(model: nn.Module) -> ConversionReport:
+    """Replace every masked layer by its packed form (bits and values), in place, with the same outputs."""
+    return _convert(model, _MaskedLayer, pack_layer)
+
+
+def materialize_(model: nn.Module) -> ConversionReport:
+    """Replace every masked or packed layer by a plain ``nn.Linear`` or ``nn.Conv2d``, in place, with the same outputs."""
+    return _convert(model, FrozenLayer, lambda layer: layer.to_plain())
+
+
+def _convert(
+    model: nn.Module, kind: type[FrozenLayer], convert: Callable[[Any], nn.Module]
+) -> ConversionReport:
+    if isinstance(model, kind):
+        raise ValueError(
+            f"model: got a bare {type(model).__name__}, expected a module that contains such layers"
+        )
+    replacements = {layer: convert(layer) for layer in model.modules() if isinstance(layer, kind)}
+    converted = {
+        name: repr(replacements[m]) for name, m in model.named_modules() if m in replacements
+    }
+    _replace(model, replacements)
+    return ConversionReport(converted, {})
+
+
+def _replace(model: nn.Module, replacements: dict[Any, Any]) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+def _find_targets(
+    model: nn.Module, filter_fn: FilterFn | None
+) -> tuple[dict[str, nn.Linear | nn.Conv2d], dict[str, str]]:
+    if isinstance(model, nn.Linear | nn.Conv2d):
+        raise ValueError(
+            f"model: got a bare {type(model).__name__}, expected a module that contains such layers"
+        )
+    users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    targets: dict[str, nn.Linear | nn.Conv2d] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        if type(module) not in (nn.Linear, nn.Conv2d):
+            skipped[name] = f"{type(module).__name__} is a subclass whose forward may differ"
+        elif filter_fn is not None and not filter_fn(name, module):
+            skipped[name] = "filter_fn returned False"
+        elif users[id(module.weight)] > 1:
+            skipped[name] = "its weight is shared with another module"
+        elif not module.weight.is_floating_point():
+            skipped[name] = f"its weight is {module.weight.dtype}"
+        else:
+            targets[name] = module
+    return targets, skipped
+
+
+def _make_values(
+    targets: dict[str, nn.Linear | nn.Conv2d], config: MaskConfig, seed: int
+) -> dict[str, Tensor | Prototype]:
+    """The frozen values of every layer; shared ones are one object."""
+    if not targets:
+        return {}
+    if config.values == "pretrained":
+        return {name: plain.weight.detach() for name, plain in targets.items()}
+    names = list(targets)
+
+    def draw(name: str) -> Tensor:
+        weight = targets[name].weight
+        fresh = torch.empty(weight.shape, dtype=torch.float32)
+        nn.init.kaiming_normal_(
+            fresh, nonlinearity="relu", generator=_generator(seed, names.index(name), "weight")
+        )
+        return fresh.to(weight.device, weight.dtype)
+
+    if config.values == "random":
+        return {name: draw(name) for name in names}
+    if config.values == "one_layer":
+        first: dict[torch.Size, nn.Parameter] = {}
+        for name, plain in targets.items():
+            if plain.weight.shape not in first:
+                first[plain.weight.shape] = nn.Parameter(draw(name), requires_grad=False)
+        return {name: first[plain.weight.shape] for name, plain in targets.items()}
+
+    largest = max(
+        names, key=lambda name: targets[name].weight.numel()
+    )  # max keeps the first of equals
+    size = targets[largest].weight.numel()
+    ratio = 1.0 if config.ratio is None else config.ratio
+    align = [_dominant_row_length(targets)] if config.align else None
+    prototype = Prototype(draw(largest).flatten()[: prototype_period(size, ratio, align)].clone())
+    return dict.fromkeys(names, prototype)
+
+
+def _dominant_row_length(targets: dict[str, nn.Linear | nn.Conv2d]) -> int:
+    """The row length that holds the most weights."""
+    weights: Counter[int] = Counter()
+    for plain in targets.values():
+        weights[plain.weight[0].numel()] += plain.weight.numel()
+    return weights.most_common(1)[0][0]
+
+
+def _masked_like(
+    plain: nn.Linear | nn.Conv2d, config: MaskConfig, values: Tensor | Prototype
+) -> FrozenLayer:
+    kind, geometry = (
+        (MaskedLinear, LinearGeometry)
+        if isinstance(plain, nn.Linear)
+        else (MaskedConv2d, Conv2dGeometry)
+    )
+    weight = plain.weight
+    layer: FrozenLayer = kind(  # type: ignore[operator]
+        **geometry.geometry_of(plain),
+        bias=False,
+        device=weight.device,
+        dtype=weight.dtype,
+        rule=config.rule,
+        weight=values,
+    )
+    if plain.bias is not None:
+        layer.bias = plain.bias.requires_grad_(config.train_bias)
+    layer.train(plain.training)
+    return layer
+
+
+def _init_scores(layer: Any, score_init: str | float, generator: torch.Generator) -> None:
+    """Scores are drawn on the CPU in float32, so that a seed means the same on every device."""
+    if isinstance(score_init, str):
+        drawn = torch.empty(layer.weight_shape, dtype=torch.float32)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+    else:
+        drawn = torch.full(layer.weight_shape, score_init)
+    with torch.no_grad():
+        layer.scores.copy_(drawn)
+
+
+def _generator(seed: int, index: int, purpose: str) -> torch.Generator:
+    """An independent stream for each (seed, layer, purpose)."""
+    entropy = np.random.SeedSequence([seed, index, *purpose.encode()])
+    return torch.Generator().manual_seed(
+        int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    )
+
+
+def _freeze_norms(model: nn.Module) -> None:
+    norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    for module in model.modules():
+        if isinstance(module, norms):
+            module.requires_grad_(False)

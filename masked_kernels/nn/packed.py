@@ -1,0 +1,139 @@
+"""Inference layers that hold bits and values only."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import masked_conv2d, masked_linear
+from ..mask import PackedMask
+from ..prototype import Prototype
+from ._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
+
+
+class _PackedLayer(FrozenLayer):
+    """The frozen half: ``words`` (the packed mask) is a buffer."""
+
+    words: Tensor
+    weight_scale: Tensor | None
+
+    def _setup(
+        self,
+        weight: Tensor | Prototype,
+        mask: PackedMask,
+        bias: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
+        if mask.shape != self.weight_shape:
+            raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {self.weight_shape}")
+        self.set_values(weight)
+        self.register_buffer("words", mask.words)
+        self.register_buffer("weight_scale", scale)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @property
+    def mask(self) -> PackedMask:
+        return PackedMask(self.words, self.weight_shape)
+
+    @property
+    def scale(self) -> Tensor | None:
+        return self.weight_scale
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight={self._values_repr()}"
+
+
+class PackedLinear(_PackedLayer, LinearGeometry):
+    """``masked_linear`` with a fixed mask.
+
+    Args:
+        in_features, out_features: as in ``nn.Linear``.
+        weight: frozen values ``[out_features, in_features]`` or a Prototype; not copied.
+        mask: PackedMask of shape ``(out_features, in_features)``.
+        bias: ``[out_features]`` or None.
+        scale: 0-d factor of the masked weight, or None for 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        weight: Tensor | Prototype,
+        mask: PackedMask,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self._setup(weight, mask, bias, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return masked_linear(x, self.values, self.mask, self.bias, scale=self.scale)
+
+
+class PackedConv2d(_PackedLayer, Conv2dGeometry):
+    """``masked_conv2d`` with a fixed mask.
+
+    Args:
+        in_channels, ..., padding_mode: as in ``nn.Conv2d``.
+        weight: frozen values ``[out_channels, in_channels / groups, kh, kw]`` or a Prototype; not copied.
+        mask: PackedMask of the weight's shape.
+        bias: ``[out_channels]`` or None.
+        scale: 0-d factor of the masked weight, or None for 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        *,
+        weight: Tensor | Prototype,
+        mask: PackedMask,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
+        )
+        self._setup(weight, mask, bias, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in_channels, H, W]`` to ``[B, out_channels, H', W']``."""
+        x, padding = self.pad(x)
+        return masked_conv2d(
+            x,
+            self.values,
+            self.mask,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            scale=self.scale,
+        )
+
+
+def pack_layer(layer: FrozenLayer) -> PackedLinear | PackedConv2d:
+    """The packed form of a masked layer, with the same outputs; values and bias are shared with it."""
+    kind: Any = PackedLinear if isinstance(layer, LinearGeometry) else PackedConv2d
+    with torch.no_grad():
+        packed = kind(
+            **layer.geometry,  # type: ignore[attr-defined]
+            weight=layer.values,
+            mask=layer.mask,
+            bias=layer.bias,
+            scale=layer.scale,
+        )
+    packed.train(layer.training)
+    assert isinstance(packed, PackedLinear | PackedConv2d)
+    return packed

@@ -1,0 +1,106 @@
+"""``summary(model)``: a table of the masked and packed layers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import AUTO, choose
+from ._layer import Conv2dGeometry, FrozenLayer
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One masked or packed layer. ``mask_bytes`` counts ceil(N / 8); ``dense_bytes`` is the plain layer's float32 weight."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    density: float
+    values: str
+    mask_bytes: int
+    dense_bytes: int
+    backend: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All masked layers of a model. ``value_bytes`` counts each shared prototype or dense weight once, in its own dtype."""
+
+    layers: tuple[LayerSummary, ...]
+    value_bytes: int
+
+    def __str__(self) -> str:
+        header = (
+            "layer",
+            "type",
+            "shape",
+            "density",
+            "values",
+            "mask bytes",
+            "dense bytes",
+            "backend",
+        )
+        rows = [
+            (
+                layer.name,
+                layer.kind,
+                "x".join(map(str, layer.shape)),
+                f"{layer.density:.4f}",
+                layer.values,
+                f"{layer.mask_bytes:,}",
+                f"{layer.dense_bytes:,}",
+                layer.backend,
+            )
+            for layer in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (header, *rows)
+        ]
+        mask_bytes = sum(layer.mask_bytes for layer in self.layers)
+        dense_bytes = sum(layer.dense_bytes for layer in self.layers)
+        total = f"masks {mask_bytes:,} B + values {self.value_bytes:,} B; dense float32 {dense_bytes:,} B"
+        return "\n".join([*lines, total])
+
+
+def summary(model: nn.Module) -> Summary:
+    """Shape, density, values, bytes and backend of every masked or packed layer of ``model``."""
+    layers = []
+    shared: dict[int, int] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, FrozenLayer):
+            continue
+        values = module.weight if module.prototype is None else module.prototype.values
+        assert values is not None
+        shared[values.data_ptr()] = values.numel() * values.element_size()
+        numel = torch.Size(module.weight_shape).numel()
+        mask = module.mask
+        layers.append(
+            LayerSummary(
+                name,
+                type(module).__name__,
+                module.weight_shape,
+                mask.density(),
+                module._values_repr(),
+                (numel + 7) // 8,
+                4 * numel,
+                _chosen_backend(module, mask.words, values),
+            )
+        )
+    return Summary(tuple(layers), sum(shared.values()))
+
+
+def _chosen_backend(layer: FrozenLayer, words: Tensor, values: Tensor) -> str:
+    """The backend that the layer's forward runs on, as the automatic or requested choice stands now."""
+    if isinstance(layer, Conv2dGeometry):
+        x = values.new_empty((1, layer.in_channels, *layer.kernel_size))
+        ints = (layer.kernel_size, layer.stride, (0, 0), layer.dilation, layer.groups)
+        return choose("masked_conv2d", AUTO, x, values, words, None, None, *map(_as_list, ints))
+    x = values.new_empty((1, layer.weight_shape[1]))
+    return choose("masked_linear", AUTO, x, values, words, None, None)
+
+
+def _as_list(value: int | tuple[int, ...]) -> int | list[int]:
+    return value if isinstance(value, int) else list(value)

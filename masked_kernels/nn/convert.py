@@ -88,7 +88,8 @@ def _convert(
 
 def _replace(model: nn.Module, replacements: dict[Any, Any]) -> None:
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        # named_children() names a child that is registered twice only once.
+        for name, child in list(parent._modules.items()):
             if child in replacements:
                 setattr(parent, name, replacements[child])
 

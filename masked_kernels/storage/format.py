@@ -136,7 +136,7 @@ def encode(contents: Contents) -> bytes:
 
 
 def decode(data: bytes) -> Contents:
-    """The contents of a file, or ``FormatError`` if it is incomplete, altered or of another kind."""
+    """The contents of a file; ``FormatError`` if incomplete, altered or of another kind."""
     manifest = _manifest(data)
     digest = manifest.get("sha256")
     field = _DIGEST_FIELD + str(digest).encode()

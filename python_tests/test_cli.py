@@ -111,7 +111,7 @@ def test_inspect_as_text(saved: Path, capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert "create_model('convmixer', dim=8, depth=1)" in text
     assert f"{saved.stat().st_size:,}" in text
-    assert re.search(r"^head +linear +10x8 +0\.5000 +prototype/0, period 11 ", text, re.M)
+    assert re.search(r"^head +linear +10x8 +0\.5000 +prototype/0, period 21 ", text, re.M)
 
 
 def test_errors_are_one_line_and_no_traceback(saved: Path) -> None:

@@ -150,7 +150,7 @@ def stratified_order(labels: Tensor, seed: int = 0) -> Tensor:
     place = torch.empty(len(labels), dtype=torch.float64)
     for label in labels.unique():
         members = (labels[shuffled] == label).nonzero().squeeze(1)
-        place[members] = (torch.arange(len(members)) + 0.5) / len(members)
+        place[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
     return shuffled[place.argsort(stable=True)]
 
 

@@ -119,7 +119,7 @@ class Trainer:
         """Epochs completed."""
         return len(self.records)
 
-    def train_epoch(self, progress: tqdm[Any]) -> Score:
+    def train_epoch(self, progress: "tqdm[Any]") -> Score:
         """Pass over the training images once, advancing ``progress`` by images."""
         settings = self.settings
         schedule = SCHEDULES[settings.schedule]
@@ -151,7 +151,7 @@ class Trainer:
         self.scaler.update()
         tally.add(loss, logits, batch.labels)
 
-    def run_epoch(self, progress: tqdm[Any]) -> EpochRecord:
+    def run_epoch(self, progress: "tqdm[Any]") -> EpochRecord:
         """Train for an epoch, validate, and remember the weights if they are the best so far."""
         start = time.perf_counter()
         masks = current_masks(self.model)

@@ -50,7 +50,7 @@ def masked_linear(
     _check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
     y = autograd.MaskedLinear.apply(
-        x.reshape(-1, mask.shape[1]), values, mask.words, bias, _scale(scale, x), backend or AUTO
+        _tokens(x), values, mask.words, bias, _scale(scale, x), backend or AUTO
     )
     return _restore(y, x)
 
@@ -88,7 +88,7 @@ def scored_linear(
     words = rule.select(scores, backend)
     scale = rule.weight_scale(words, scores.numel())
     y = autograd.ScoredLinear.apply(
-        x.reshape(-1, scores.shape[1]), values, words, bias, scores, scale, rule.absolute, backend
+        _tokens(x), values, words, bias, scores, scale, rule.absolute, backend
     )
     return _restore(y, x)
 
@@ -189,7 +189,11 @@ def _autocast(
     check_type("weight", weight, (Tensor, Prototype))
     values = weight.values if isinstance(weight, Prototype) else weight
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if (
+        torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+        and x.dtype != torch.float64
+    ):
         dtype = torch.get_autocast_dtype(kind)
         return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
     return x, values, bias
@@ -297,6 +301,11 @@ def _scale(scale: float | Tensor | None, x: Tensor) -> Tensor | None:
         dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
         device=x.device,
     )
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """``[..., K]`` as ``[M, K]``."""
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 def _restore(y: Tensor, x: Tensor) -> Tensor:

@@ -194,5 +194,6 @@ def _scaled(t: Tensor, scale: Tensor | None) -> Tensor:
 def _grad_scores(
     grad: Tensor, values: Tensor, scores: Tensor, scale: Tensor | None, absolute: bool
 ) -> Tensor:
+    grad = grad.to(torch.promote_types(grad.dtype, scores.dtype))  # one rounding less for 16-bit x
     grad = _scaled(grad * _fill(values, grad.shape), scale)
     return (grad * scores.sign() if absolute else grad).to(scores.dtype)

@@ -1,0 +1,92 @@
+// Bits and values to a dense scratch of weight rows.
+#include "row_windows.h"
+#include "spans.h"
+#include "target.h"
+
+#include "masked_kernels/kernels.h"
+
+namespace masked_kernels {
+namespace {
+
+template <class T>
+MK_INLINE void decode_span_body(const T* values, const uint32_t* words, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; i += kWordBits, values += kWordBits, out += kWordBits) {
+    const int64_t bits = std::min(kWordBits, count - i);
+    const uint32_t word = *words++;
+    for (int64_t j = 0; j < bits; ++j)
+      out[j] = values[j] & -static_cast<T>(word >> j & 1);
+  }
+}
+
+namespace scalar {
+template <class T>
+void decode_span(const T* values, const uint32_t* words, int64_t count, T* out) {
+  decode_span_body(values, words, count, out);
+}
+} // namespace scalar
+
+#if MK_X86
+namespace avx2 {
+template <class T>
+MK_AVX2 void decode_span(const T* values, const uint32_t* words, int64_t count, T* out) {
+  decode_span_body(values, words, count, out);
+}
+} // namespace avx2
+
+namespace avx512 {
+
+MK_AVX512 MK_INLINE void move(__mmask32 lanes, __mmask32 set, const uint16_t* from, uint16_t* to) {
+  _mm512_mask_storeu_epi16(to, lanes, _mm512_maskz_loadu_epi16(set, from));
+}
+MK_AVX512 MK_INLINE void move(__mmask16 lanes, __mmask16 set, const uint32_t* from, uint32_t* to) {
+  _mm512_mask_storeu_epi32(to, lanes, _mm512_maskz_loadu_epi32(set, from));
+}
+MK_AVX512 MK_INLINE void move(__mmask8 lanes, __mmask8 set, const uint64_t* from, uint64_t* to) {
+  _mm512_mask_storeu_epi64(to, lanes, _mm512_maskz_loadu_epi64(set, from));
+}
+
+template <class T>
+MK_AVX512 void decode_span(const T* values, const uint32_t* words, int64_t count, T* out) {
+  using Lanes = std::conditional_t<sizeof(T) == 2, __mmask32,
+      std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8>>;
+  constexpr int64_t kLanes = 64 / sizeof(T);
+  for (; count > 0; count -= kWordBits, values += kWordBits, out += kWordBits) {
+    const uint32_t word = *words++, lanes = low_bits(count);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kWordBits; j += kLanes)
+      move(static_cast<Lanes>(lanes >> j), static_cast<Lanes>(word >> j & lanes >> j), values + j,
+          out + j);
+  }
+}
+
+} // namespace avx512
+#endif
+
+template <class T>
+void decode_as(const Decode& p, const Exec& exec) {
+  if (p.cols == 0)
+    return;
+  const RowWindows<T> windows(static_cast<const T*>(p.values), p.period, p.row_end, p.cols);
+  const uint32_t* words = p.words + p.row_begin * words_per_row(p.cols);
+  T* out = static_cast<T*>(p.out);
+  const auto decode_span = MK_BY_ISA(exec.isa, decode_span<T>);
+  parallel_spans({p.row_end - p.row_begin, p.cols}, exec.parallel, [&](const Span& s) {
+    const T* row = windows.at((p.row_begin + s.row) * p.cols % p.period);
+    decode_span(row + s.col, words + s.word, s.count, out + s.element);
+  });
+}
+
+} // namespace
+
+void decode(const Decode& params, const Exec& exec) {
+  switch (params.element_size) {
+  case 2:
+    return decode_as<uint16_t>(params, exec);
+  case 4:
+    return decode_as<uint32_t>(params, exec);
+  case 8:
+    return decode_as<uint64_t>(params, exec);
+  }
+}
+
+} // namespace masked_kernels

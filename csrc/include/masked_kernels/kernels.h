@@ -1,0 +1,92 @@
+// The CPU kernels. All arrays are dense, row-major and owned by the caller; none needs alignment
+// beyond its element's. Weight element i (row-major) is values[i % period].
+#pragma once
+
+#include "masked_kernels/bits.h"
+#include "masked_kernels/isa.h"
+#include "masked_kernels/parallel.h"
+
+namespace masked_kernels {
+
+// Where a kernel runs.
+struct Exec {
+  Isa isa;
+  const Parallel& parallel;
+};
+
+// words = the bytes of mask [rows, cols] that are not 0.
+void pack(const uint8_t* mask, Shape shape, uint32_t* words, const Exec& exec);
+
+// mask [rows, cols] = 1 where the bit is set, else 0.
+void unpack(const uint32_t* words, Shape shape, uint8_t* mask, const Exec& exec);
+
+// counts [rows] = set bits of each row.
+void popcount(const uint32_t* words, Shape shape, int64_t* counts, const Exec& exec);
+
+// transposed [cols, ceil(rows / 32)] = the words of the transposed mask.
+void transpose(const uint32_t* words, Shape shape, uint32_t* transposed, const Exec& exec);
+
+// The select kernels turn scores [rows, cols] into words and return the flat index of the first NaN
+// (the words are then unspecified) or -1. -0.0 equals +0.0.
+
+struct SelectTopk {
+  const float* scores;
+  Shape shape;
+  int64_t drop; // 0 .. rows * cols; clears the `drop` smallest, lower flat index first among equals
+  bool absolute; // ranks |score|
+  uint32_t* words;
+};
+int64_t select_topk(const SelectTopk& params, const Exec& exec);
+
+struct SelectNM {
+  const float* scores;
+  Shape shape;
+  int64_t n, m;  // keeps the n largest of every m columns, higher column first among equals
+  bool absolute; // ranks |score|
+  uint32_t* words;
+};
+int64_t select_nm(const SelectNM& params, const Exec& exec);
+
+// bit = score > threshold
+int64_t select_threshold(
+    const float* scores, Shape shape, float threshold, uint32_t* words, const Exec& exec);
+
+// out [row_end - row_begin, cols] = the weight's rows where the bit is set, else 0. Moves bits
+// only, so it serves every dtype of 2, 4 or 8 bytes. `out` may be `values` itself when period is
+// rows * cols.
+struct Decode {
+  const void* values;
+  int64_t period;
+  int64_t element_size;
+  const uint32_t* words; // of all rows
+  int64_t cols;
+  int64_t row_begin, row_end;
+  void* out;
+};
+void decode(const Decode& params, const Exec& exec);
+
+// y [M, N] = scale * x [M, K] (w . m)^T + bias
+struct MaskedLinear {
+  const float* x;
+  const float* values;
+  int64_t period;
+  const uint32_t* words; // [N, ceil(K / 32)]
+  const float* bias;     // [N] or null
+  float scale;
+  int64_t tokens, rows, cols; // M, N, K
+  float* y;
+};
+void masked_linear(const MaskedLinear& params, const Exec& exec);
+
+// grad[i] *= scale * values[i % period] * (scores ? sign(scores[i]) : 1), in place
+struct ScoredGrad {
+  float* grad;
+  const float* values;
+  int64_t period;
+  const float* scores; // null when the rule ranks signed scores
+  float scale;
+  int64_t count;
+};
+void scored_grad(const ScoredGrad& params, const Exec& exec);
+
+} // namespace masked_kernels

@@ -1,0 +1,233 @@
+// The CPU kernels as torch operators `masked_kernels_cpu::*`, on torch's stable ABI. Arguments are
+// contiguous; backends/cpu.py sees to it. The checks here guard memory, not users.
+#include "masked_kernels/kernels.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+
+namespace masked_kernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+class TorchParallel final : public Parallel {
+ public:
+  int64_t threads() const override { return torch::stable::get_num_threads(); }
+
+  void run(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) const override {
+    torch::stable::parallel_for(begin, end, grain, fn);
+  }
+};
+
+Exec exec() {
+  static const TorchParallel parallel;
+  return {active_isa(), parallel};
+}
+
+template <class... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (holds)
+    return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+void check_dense(const char* what, const Tensor& t, ScalarType dtype) {
+  check(t.is_cpu(), what, ": not a CPU tensor");
+  check(t.is_contiguous(), what, ": not contiguous");
+  check(t.scalar_type() == dtype, what, ": dtype is ", toString(t.scalar_type()), ", expected ",
+      toString(dtype));
+}
+
+Shape matrix(const char* what, const Tensor& t) {
+  check(t.dim() == 2, what, ": ", t.dim(), " dimensions, expected 2");
+  return {t.size(0), t.size(1)};
+}
+
+// The words of a mask with `cols` columns.
+const uint32_t* words_of(const Tensor& words, int64_t cols) {
+  check_dense("words", words, ScalarType::Int);
+  const Shape shape = matrix("words", words);
+  check(cols >= 0, "cols: got ", cols, ", expected at least 0");
+  check(shape.cols == words_per_row(cols), "words: ", shape.cols, " words per row, expected ceil(",
+      cols, "/32) = ", words_per_row(cols));
+  return static_cast<const uint32_t*>(words.const_data_ptr());
+}
+
+uint32_t* new_words(Tensor& out) {
+  return static_cast<uint32_t*>(out.mutable_data_ptr());
+}
+
+Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
+  return torch::stable::empty(size, dtype);
+}
+
+const float* floats_of(const char* what, const Tensor& t, int64_t count) {
+  check_dense(what, t, ScalarType::Float);
+  check(t.numel() == count, what, ": ", t.numel(), " elements, expected ", count);
+  return t.const_data_ptr<float>();
+}
+
+float scale_of(const OptionalTensor& scale) {
+  return scale ? *floats_of("scale", *scale, 1) : 1.0f;
+}
+
+// A weight needs values unless it has no elements; the kernels may then assume a period >= 1.
+int64_t period_of(const Tensor& values, int64_t elements) {
+  check(values.is_cpu() && values.is_contiguous(), "values: not a contiguous CPU tensor");
+  check(values.numel() > 0 || elements == 0, "values: empty, but the weight has ", elements,
+      " elements");
+  return std::max<int64_t>(values.numel(), 1);
+}
+
+Tensor pack_op(const Tensor& mask) {
+  check_dense("mask", mask, ScalarType::Bool);
+  const Shape shape = matrix("mask", mask);
+  Tensor words = empty({shape.rows, words_per_row(shape.cols)}, ScalarType::Int);
+  pack(static_cast<const uint8_t*>(mask.const_data_ptr()), shape, new_words(words), exec());
+  return words;
+}
+
+Tensor unpack_op(const Tensor& words, int64_t cols) {
+  const uint32_t* bits = words_of(words, cols);
+  const Shape shape{words.size(0), cols};
+  Tensor mask = empty({shape.rows, cols}, ScalarType::Bool);
+  unpack(bits, shape, static_cast<uint8_t*>(mask.mutable_data_ptr()), exec());
+  return mask;
+}
+
+Tensor popcount_op(const Tensor& words) {
+  const Shape shape = matrix("words", words);
+  const uint32_t* bits = words_of(words, shape.cols * kWordBits);
+  Tensor counts = empty({shape.rows}, ScalarType::Long);
+  popcount(bits, {shape.rows, shape.cols * kWordBits}, counts.mutable_data_ptr<int64_t>(), exec());
+  return counts;
+}
+
+Tensor transpose_op(const Tensor& words, int64_t cols) {
+  const uint32_t* bits = words_of(words, cols);
+  const Shape shape{words.size(0), cols};
+  Tensor transposed = empty({cols, words_per_row(shape.rows)}, ScalarType::Int);
+  transpose(bits, shape, new_words(transposed), exec());
+  return transposed;
+}
+
+// The select ops return (words, flat index of the first NaN or -1).
+using Selected = std::tuple<Tensor, int64_t>;
+
+struct Scores {
+  const float* data;
+  Shape shape;
+  Tensor words;
+};
+
+Scores scores_of(const Tensor& scores) {
+  const Shape shape = matrix("scores", scores);
+  return {floats_of("scores", scores, shape.elements()), shape,
+      empty({shape.rows, words_per_row(shape.cols)}, ScalarType::Int)};
+}
+
+Selected select_topk_op(const Tensor& scores, int64_t drop, bool absolute) {
+  Scores s = scores_of(scores);
+  check(drop >= 0 && drop <= s.shape.elements(), "drop: got ", drop, ", expected 0 to ",
+      s.shape.elements());
+  const int64_t nan = select_topk({s.data, s.shape, drop, absolute, new_words(s.words)}, exec());
+  return {s.words, nan};
+}
+
+Selected select_threshold_op(const Tensor& scores, double threshold) {
+  Scores s = scores_of(scores);
+  const int64_t nan =
+      select_threshold(s.data, s.shape, static_cast<float>(threshold), new_words(s.words), exec());
+  return {s.words, nan};
+}
+
+Selected select_nm_op(const Tensor& scores, int64_t n, int64_t m, bool absolute) {
+  Scores s = scores_of(scores);
+  check(0 <= n && n <= m && m >= 1, "n, m: got ", n, " of ", m, ", expected 0 <= n <= m, m >= 1");
+  const int64_t nan = select_nm({s.data, s.shape, n, m, absolute, new_words(s.words)}, exec());
+  return {s.words, nan};
+}
+
+// Fills `out` with the weight's rows from `row` on.
+void decode_op(Tensor out, const Tensor& values, const Tensor& words, int64_t row) {
+  const Shape shape = matrix("out", out);
+  check_dense("out", out, values.scalar_type());
+  const uint32_t* bits = words_of(words, shape.cols);
+  check(row >= 0 && row + shape.rows <= words.size(0), "out: rows ", row, " to ", row + shape.rows,
+      " of a mask with ", words.size(0), " rows");
+  const int64_t period = period_of(values, shape.elements());
+  const auto size = static_cast<int64_t>(values.element_size());
+  check(size == 2 || size == 4 || size == 8, "values: elements of ", size,
+      " bytes, expected 2, 4 or 8");
+  decode({values.const_data_ptr(), period, size, bits, shape.cols, row, row + shape.rows,
+             out.mutable_data_ptr()},
+      exec());
+}
+
+Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& words,
+    const OptionalTensor& bias, const OptionalTensor& scale) {
+  const Shape shape = matrix("x", x);
+  const float* input = floats_of("x", x, shape.elements());
+  const uint32_t* bits = words_of(words, shape.cols);
+  const int64_t rows = words.size(0);
+  const int64_t period = period_of(values, rows * shape.cols);
+  const float* weights = floats_of("values", values, values.numel());
+  const float* added = bias ? floats_of("bias", *bias, rows) : nullptr;
+  Tensor y = empty({shape.rows, rows}, ScalarType::Float);
+  masked_linear({input, weights, period, bits, added, scale_of(scale), shape.rows, rows, shape.cols,
+                    y.mutable_data_ptr<float>()},
+      exec());
+  return y;
+}
+
+void scored_grad_op(
+    Tensor grad, const Tensor& values, const OptionalTensor& scores, const OptionalTensor& scale) {
+  const int64_t count = grad.numel();
+  floats_of("grad", grad, count);
+  const float* signs = scores ? floats_of("scores", *scores, count) : nullptr;
+  const int64_t period = period_of(values, count);
+  scored_grad({grad.mutable_data_ptr<float>(), floats_of("values", values, values.numel()), period,
+                  signs, scale_of(scale), count},
+      exec());
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
+  m.def("pack(Tensor mask) -> Tensor");
+  m.def("unpack(Tensor words, int cols) -> Tensor");
+  m.def("popcount(Tensor words) -> Tensor");
+  m.def("transpose(Tensor words, int cols) -> Tensor");
+  m.def("select_topk(Tensor scores, int drop, bool absolute) -> (Tensor, int)");
+  m.def("select_threshold(Tensor scores, float threshold) -> (Tensor, int)");
+  m.def("select_nm(Tensor scores, int n, int m, bool absolute) -> (Tensor, int)");
+  m.def("decode_(Tensor(a!) out, Tensor values, Tensor words, int row) -> ()");
+  m.def("masked_linear(Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale) -> "
+        "Tensor");
+  m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
+  m.impl("pack", TORCH_BOX(&pack_op));
+  m.impl("unpack", TORCH_BOX(&unpack_op));
+  m.impl("popcount", TORCH_BOX(&popcount_op));
+  m.impl("transpose", TORCH_BOX(&transpose_op));
+  m.impl("select_topk", TORCH_BOX(&select_topk_op));
+  m.impl("select_threshold", TORCH_BOX(&select_threshold_op));
+  m.impl("select_nm", TORCH_BOX(&select_nm_op));
+  m.impl("decode_", TORCH_BOX(&decode_op));
+  m.impl("masked_linear", TORCH_BOX(&masked_linear_op));
+  m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));
+}
+
+} // namespace masked_kernels

@@ -8,7 +8,7 @@ from .augment import Normalize
 from .data import ImageDataset, Splits, batches, load_splits, seeded_generator, stratified_order
 from .loop import Score, evaluate, fit, predict
 from .presets import PRESETS, Preset, Settings, find_preset
-from .records import EpochRecord
+from .records import EpochRecord, best_record
 from .sources import SOURCES
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Settings",
     "Splits",
     "batches",
+    "best_record",
     "evaluate",
     "find_preset",
     "fit",

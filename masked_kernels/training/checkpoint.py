@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Have ``write`` fill a file and put it at ``path`` in one step.
 
     Whoever reads ``path``, even after a crash or a power cut, finds the old or the new content.

@@ -11,9 +11,10 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from .checkpoint import (
 from .curves import plot_curves
 from .data import ImageDataset, Splits, batches, seeded_generator
 from .presets import Settings
-from .records import EpochRecord, current_masks, layer_stats
+from .records import EpochRecord, best_record, current_masks, layer_stats
 from .schedules import SCHEDULES
 
 log = logging.getLogger(__name__)
@@ -103,15 +104,17 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
 class Trainer:
     """A model, its optimizer and everything else that a checkpoint holds."""
 
-    def __init__(self, model: nn.Module, data: Splits, settings: Settings) -> None:
+    def __init__(
+        self, model: nn.Module, data: Splits, settings: Settings, identity: Mapping[str, Any]
+    ) -> None:
         self.model, self.data, self.settings = model, data, settings
+        self.identity = {**identity, "dataset": data.name, **settings.to_dict()}
         self.device = data.train.images.device
         self.normalize = Normalize(data.mean, data.std)
         self.optimizer = make_optimizer(model, settings)
         self.half = settings.half and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.half)
         self.records: list[EpochRecord] = []
-        self.best_epoch = 0
         self.best_weights: dict[str, Tensor] = {}
 
     @property
@@ -170,20 +173,18 @@ class Trainer:
             "layers": layer_stats(masks, current_masks(self.model)),
         }
         self.records.append(record)
-        if record is max(self.records, key=lambda r: (r["val_accuracy"], -r["val_loss"])):
-            self.best_epoch = record["epoch"]
+        if record is best_record(self.records):
             self.best_weights = copy.deepcopy(self.model.state_dict())
         return record
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "settings": self.settings.to_dict(),
+            "identity": self.identity,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_state(),
             "records": self.records,
-            "best_epoch": self.best_epoch,
             "best_weights": self.best_weights,
         }
 
@@ -193,18 +194,19 @@ class Trainer:
         Raises:
             ValueError: it was made with other settings; names them.
         """
-        now, then = self.settings.to_dict(), state["settings"]
+        then = state["identity"]
         changed = [
-            f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]
+            f"{key} was {then.get(key)}, is {now}"
+            for key, now in self.identity.items()
+            if then.get(key) != now
         ]
         if changed:
-            raise ValueError(f"cannot resume with other settings: {'; '.join(changed)}")
+            raise ValueError(f"cannot resume a run of other settings: {'; '.join(changed)}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         restore_random_state(state["random"])
         self.records = state["records"]
-        self.best_epoch = state["best_epoch"]
         self.best_weights = state["best_weights"]
 
 
@@ -214,6 +216,7 @@ def fit(
     settings: Settings,
     folder: Path,
     *,
+    identity: Mapping[str, Any] = MappingProxyType({}),
     resume: bool = False,
     progress: bool = True,
     on_epoch: Callable[[EpochRecord], None] | None = None,
@@ -225,6 +228,8 @@ def fit(
     Args:
         model: on the device of ``data``.
         folder: where the log, the curves and the checkpoint go; made if need be.
+        identity: plain values that, beside settings and dataset, tell this run from others (say
+            the model's arguments); a resume with different ones is refused.
         resume: continue from the folder's checkpoint if there is one, else start.
         progress: show a bar on standard error.
         on_epoch: called with each new record, for logs of one's own.
@@ -238,7 +243,7 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, lines = folder / "checkpoint.pt", folder / "log.jsonl"
-    trainer = Trainer(model, data, settings)
+    trainer = Trainer(model, data, settings, identity)
     if checkpoint.exists():
         if not resume:
             raise FileExistsError(f"{checkpoint} exists: resume, or choose another folder")

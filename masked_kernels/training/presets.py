@@ -106,7 +106,7 @@ PRESETS: dict[str, Preset] = {
         model="convmixer",
         datasets=("digits",),
         model_args={"dim": 256, "depth": 4, "kernel_size": 3, "patch_size": 2},
-        settings=Settings(epochs=20, batch_size=64, lr=0.02, augment=RandomCrop(1)),
+        settings=Settings(epochs=15, batch_size=64, lr=0.02, augment=RandomCrop(1)),
     ),
     "convmixer-28": Preset(
         model="convmixer",
@@ -118,7 +118,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(model: str, dataset: str) -> str:
-    """Return the name of the last preset for this model and dataset.
+    """Return the name of the first preset for this model and dataset.
 
     Raises:
         ValueError: there is none.

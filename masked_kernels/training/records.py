@@ -1,5 +1,6 @@
 """What is recorded of an epoch, masks included."""
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 from torch import nn
@@ -27,6 +28,11 @@ class EpochRecord(TypedDict):
     seconds: float
     images_per_second: float
     layers: dict[str, LayerStats]
+
+
+def best_record(records: Sequence[EpochRecord]) -> EpochRecord:
+    """Return the first record of the highest validation accuracy; of equals, the lowest loss."""
+    return max(records, key=lambda record: (record["val_accuracy"], -record["val_loss"]))
 
 
 def current_masks(model: nn.Module) -> dict[str, PackedMask]:

@@ -1,8 +1,8 @@
 """Native modules: `_C` (on the stable ABI of torch) and `_host` (pybind11, no torch).
 
-
-Everything else is static metadata in pyproject.toml. Build in place with `python setup.py build_ext --inplace`, or install
-with `pip install --no-build-isolation -e .`. `MASKED_KERNELS_NO_EXT=1` skips the native code: the package works without it.
+Everything else is static metadata in pyproject.toml. Build with `pip install --no-build-isolation
+-e .`, or in place with `python setup.py build_ext --inplace`. `MASKED_KERNELS_NO_EXT=1` skips the
+native code: the package works without it.
 """
 
 import os
@@ -14,8 +14,9 @@ CSRC = Path("csrc")
 
 
 def sources(*kinds: str) -> list[str]:
-    lines = (line.split() for line in (CSRC / "sources.txt").read_text().splitlines() if not line.startswith("#"))
-    return [str(CSRC / path) for kind, path in lines if kind in kinds]
+    lines = (CSRC / "sources.txt").read_text().splitlines()
+    pairs = (line.split() for line in lines if not line.startswith("#"))
+    return [str(CSRC / path) for kind, path in pairs if kind in kinds]
 
 
 def native() -> dict:
@@ -24,7 +25,7 @@ def native() -> dict:
         from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
     except ImportError as error:
         raise SystemExit(
-            f"masked_kernels: building the native code needs torch, and importing it failed: {error}\n"
+            f"masked_kernels: the native code needs torch to build, but: {error}\n"
             "Install torch>=2.11 first, then run `pip install --no-build-isolation -e .`; "
             "or set MASKED_KERNELS_NO_EXT=1 for pure Python."
         ) from error

@@ -4,7 +4,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 def pack_bytes(words: NDArray[np.uint32], cols: int) -> bytes:
-    """Bits of words [rows, ceil(cols/32)] as ceil(rows*cols/8) bytes, least significant first, no row padding."""
+    """Bits of words [rows, ceil(cols/32)] as ceil(rows*cols/8) bytes.
+
+    Least significant bit first, no row padding.
+    """
 
 def unpack_bytes(data: bytes, rows: int, cols: int) -> NDArray[np.uint32]:
     """The words [rows, ceil(cols/32)] that pack_bytes turned into data."""

@@ -1,6 +1,7 @@
 """Backend choice: what was asked for runs or says why not; only the automatic choice moves on."""
 
 import logging
+import sys
 import types
 
 import pytest
@@ -9,8 +10,6 @@ import torch
 import masked_kernels as mk
 from masked_kernels import _ops
 from masked_kernels.backends import BackendError, choose, explain, requested, use_backend
-
-import sys
 
 registry = sys.modules["masked_kernels.backends"]
 X, WORDS = torch.randn(2, 5), torch.zeros(3, 1, dtype=torch.int32)

@@ -104,7 +104,8 @@ assert not torch.cuda.is_initialized()
 assert "masked_kernels.training" not in sys.modules
 assert not any(name.startswith("torch._inductor") for name in sys.modules)
 with mk.use_backend("reference"):
-    y = mk.masked_linear(torch.ones(1, 2), torch.ones(1, 2), mk.PackedMask.from_bool(torch.tensor([[True, False]])))
+    y = mk.masked_linear(torch.ones(1, 2), torch.ones(1, 2),
+    mk.PackedMask.from_bool(torch.tensor([[True, False]])))
 print(y.tolist())
 """)
     assert done.stdout == "[[1.0]]\n", done.stderr
@@ -133,6 +134,7 @@ def test_all_is_sorted_and_complete() -> None:
     assert list(mk.__all__) == sorted(
         mk.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n)
     )
-    contract = """PackedMask TopK Threshold NM Prototype prototype_period masked_linear masked_conv2d scored_linear scored_conv2d
-        nn MaskConfig recipes mask_model_ pack_model_ materialize_ models save_masked load_masked backends use_backend summary"""
+    contract = """PackedMask TopK Threshold NM Prototype prototype_period masked_linear
+        masked_conv2d scored_linear scored_conv2d nn MaskConfig recipes mask_model_ pack_model_
+        materialize_ models save_masked load_masked backends use_backend summary"""
     assert set(contract.split()) <= set(mk.__all__)

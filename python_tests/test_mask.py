@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import oracle
 import pytest
 import torch
 from cases import MASKS, make_mask
@@ -10,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import masked_kernels as mk
-import oracle
 from masked_kernels import _ops
 
 SHAPES = [

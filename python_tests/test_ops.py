@@ -93,7 +93,9 @@ def test_opcheck(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(samples()))
 def test_fake_strides(name: str, backend: str) -> None:
-    """The fake result has the strides of the real one, which opcheck compares for size-1 dimensions only loosely."""
+    """The fake result has the strides of the real one, which opcheck compares for size-1 dimensions
+    only loosely.
+    """
     op = getattr(_ops, name)
     for arguments in samples()[name]:
         real = op(*arguments, backend)

@@ -2,12 +2,12 @@
 
 import copy
 
+import oracle
 import pytest
 import torch
 from cases import PERIODS, dense, make_weight
 
 import masked_kernels as mk
-import oracle
 from masked_kernels import _ops
 
 
@@ -50,7 +50,7 @@ def test_decode_drops_masked_infinities(backend: str) -> None:
     ],
 )
 def test_period_table(largest: int, periods: tuple[int, ...]) -> None:
-    """The lengths of PEMN's networks at ratios 1, 1e-1 .. 1e-5 (spec pemn 1.4)."""
+    """The lengths of PEMN's networks at ratios 1, 1e-1 .. 1e-5."""
     ratios = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     assert tuple(mk.prototype_period(largest, ratio) for ratio in ratios) == periods
 

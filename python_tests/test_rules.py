@@ -1,14 +1,14 @@
-"""TopK, Threshold, NM: exact counts, ties, literal cases, and every backend against a loop oracle."""
+"""TopK, Threshold, NM: exact counts, ties, literal cases; every backend against loops."""
 
 import math
 
+import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import masked_kernels as mk
-import oracle
 from masked_kernels import _ops
 
 SHAPES = [
@@ -109,7 +109,9 @@ def test_literal_nm(backend: str) -> None:
 
 
 def test_rounding_of_the_kept_count() -> None:
-    """n - int((1 - density) * n) rounds kept up, float artefacts included: the released code's count (spec pemn 2.1)."""
+    """n - int((1 - density) * n) rounds kept up, float artefacts included: the released code's
+    count.
+    """
     assert mk.TopK(0.5)(torch.randn(75)).count() == 38
     assert mk.TopK(0.9)(torch.randn(10)).count() == 10  # (1 - 0.9) * 10 is just under 1
 
@@ -181,5 +183,5 @@ def test_dict_round_trip_and_errors() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(TypeError, match="scores: got dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"scores: got dtype torch\.int64"):
         mk.TopK()(torch.ones(3, dtype=torch.int64))

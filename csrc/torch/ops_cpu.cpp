@@ -201,9 +201,12 @@ void scored_grad_op(
       exec());
 }
 
+std::string isa_op() { return name(active_isa()); }
+
 } // namespace
 
 STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
+  m.def("isa() -> str");
   m.def("pack(Tensor mask) -> Tensor");
   m.def("unpack(Tensor words, int cols) -> Tensor");
   m.def("popcount(Tensor words) -> Tensor");
@@ -215,6 +218,10 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("masked_linear(Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale) -> "
         "Tensor");
   m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {

@@ -1,0 +1,302 @@
+"""The native CPU backend: the kernels of ``csrc/cpu`` where they win, else decode and torch.
+
+``masked_linear`` has two ways. *Direct* reads bits and values inside the multiplication and never
+writes a dense weight: at small batch it moves a fraction of the bytes a dense layer would. *Panels*
+decodes some rows at a time into one scratch that stays in the L2 cache and hands it to the
+library: at large batch the decoding is lost in the multiplication. ``linear_plan`` chooses.
+The kernels compute in float32; 16-bit inputs are widened where that is cheap. Threads are torch's
+(``torch.set_num_threads``).
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._layout import conv_memory_format
+
+_LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_PANEL_BYTES = 1 << 20  # half of a common L2 cache
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """None once the native library is loaded and its instruction set settled, else the reason."""
+    if not _LIBRARY.exists():
+        return (
+            f"the native module {_LIBRARY.name} is not built: "
+            "run `pip install --no-build-isolation -e .`"
+        )
+    try:
+        torch.ops.load_library(_LIBRARY)
+        _native().isa()
+    except (OSError, RuntimeError, ValueError) as error:
+        return f"{_LIBRARY.name}: {error}"
+    return None
+
+
+def why_not(op: str, *args: object) -> str | None:
+    """None if ``op`` can run on ``args`` here, else the reason why not."""
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.device.type != "cpu":
+            return f"a tensor is on {arg.device}"
+    if op.startswith(("select_", "scored_")):
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.dtype == torch.float64:
+                return f"{op} computes in float32 and got float64"
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype not in _FLOATS:
+            return f"dtype {arg.dtype} is none of float32, float64, float16, bfloat16"
+    return None
+
+
+def linear_plan(
+    tokens: int, rows: int, cols: int, period: int, dtype: torch.dtype, isa: str
+) -> Literal["direct", "panels"]:
+    """How to multiply ``tokens`` inputs with a weight ``[rows, cols]`` of the given period."""
+    if dtype == torch.float64 or isa == "scalar":
+        return "panels"
+    if dtype != torch.float32 and 4 * period > rows * cols:
+        return "panels"  # widening the values would cost as much as decoding the weight
+    most = 32 if isa == "avx512" else 4
+    return "direct" if tokens <= most else "panels"
+
+
+def pack(mask: Tensor) -> Tensor:
+    words: Tensor = _native().pack(mask.contiguous())
+    return words
+
+
+def unpack(words: Tensor, cols: int) -> Tensor:
+    mask: Tensor = _native().unpack(words.contiguous(), cols)
+    return mask
+
+
+def popcount(words: Tensor) -> Tensor:
+    counts: Tensor = _native().popcount(words.contiguous())
+    return counts
+
+
+def transpose(words: Tensor, cols: int) -> Tensor:
+    transposed: Tensor = _native().transpose(words.contiguous(), cols)
+    return transposed
+
+
+def select_topk(scores: Tensor, drop: int, absolute: bool) -> Tensor:
+    return _selected(*_native().select_topk(_float(scores), drop, absolute))
+
+
+def select_threshold(scores: Tensor, threshold: float) -> Tensor:
+    # torch compares a tensor with a number in the dtype of the tensor.
+    rounded = torch.tensor(threshold, dtype=scores.dtype).item()
+    return _selected(*_native().select_threshold(_float(scores), rounded))
+
+
+def select_nm(scores: Tensor, n: int, m: int, absolute: bool) -> Tensor:
+    return _selected(*_native().select_nm(_float(scores), n, m, absolute))
+
+
+def decode(values: Tensor, words: Tensor, cols: int) -> Tensor:
+    out = values.new_empty((words.shape[0], cols))
+    _native().decode_(out, values.contiguous(), words.contiguous(), 0)
+    return out
+
+
+def masked_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    rows = words.shape[0]
+    if linear_plan(x.shape[0], rows, x.shape[1], values.numel(), x.dtype, _isa()) == "direct":
+        return _direct_linear(x, values, words, bias, scale)
+    y = x.new_empty((x.shape[0], rows))
+    for begin, end, panel in _panels(values, words, x.shape[1]):
+        out = y[:, begin:end]
+        added = out if bias is None else bias[begin:end]
+        torch.addmm(added, x, panel.t(), beta=int(bias is not None), alpha=_number(scale), out=out)
+    return y
+
+
+def masked_linear_grad_x(
+    grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, cols: int
+) -> Tensor:
+    grad_x = grad_y.new_zeros((grad_y.shape[0], cols))
+    for begin, end, panel in _panels(values, words, cols):
+        grad_x.addmm_(grad_y[:, begin:end], panel, alpha=_number(scale))
+    return grad_x
+
+
+def masked_linear_grad_weight(
+    grad_y: Tensor, x: Tensor, words: Tensor, scale: Tensor | None
+) -> Tensor:
+    return _masked_(_scaled_(grad_y.t() @ x, scale), words)
+
+
+def scored_linear_grad_scores(
+    grad_y: Tensor, x: Tensor, values: Tensor, scores: Tensor, scale: Tensor | None, absolute: bool
+) -> Tensor:
+    return _grad_scores(grad_y.t() @ x, values, scores, scale, absolute)
+
+
+def masked_conv2d(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    memory_format = conv_memory_format(x)
+    pointwise = (
+        memory_format == torch.channels_last
+        and groups == 1
+        and list(kernel_size) == list(stride) == [1, 1]
+        and list(padding) == [0, 0]
+    )
+    if pointwise:
+        pixels, channels = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1]
+        plan = linear_plan(pixels, words.shape[0], channels, values.numel(), x.dtype, _isa())
+        if plan == "direct":
+            tokens = x.permute(0, 2, 3, 1).reshape(pixels, channels)
+            y = _direct_linear(tokens, values, words, bias, scale)
+            y = y.view(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)
+            return y.contiguous(memory_format=memory_format)
+    weight = _conv_weight(values, words, scale, x.shape[1] // groups, kernel_size)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return y.contiguous(memory_format=memory_format)
+
+
+def masked_conv2d_grad_x(
+    grad_y: Tensor,
+    values: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    x_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    weight = _conv_weight(values, words, scale, x_size[1] // groups, kernel_size)
+    grad_x = torch.nn.grad.conv2d_input(x_size, weight, grad_y, stride, padding, dilation, groups)
+    return grad_x.contiguous(memory_format=conv_memory_format(grad_y))
+
+
+def masked_conv2d_grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    size = (grad_y.shape[1], x.shape[1] // groups, *kernel_size)
+    grad = torch.nn.grad.conv2d_weight(x, size, grad_y, stride, padding, dilation, groups)
+    return _masked_(_scaled_(grad.contiguous(), scale), words)
+
+
+def scored_conv2d_grad_scores(
+    grad_y: Tensor,
+    x: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    scale: Tensor | None,
+    absolute: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    grad = torch.nn.grad.conv2d_weight(x, scores.shape, grad_y, stride, padding, dilation, groups)
+    return _grad_scores(grad, values, scores, scale, absolute)
+
+
+def _native() -> Any:
+    return torch.ops.masked_kernels_cpu
+
+
+@functools.cache
+def _isa() -> str:
+    name: str = _native().isa()
+    return name
+
+
+def _float(t: Tensor) -> Tensor:
+    return t.float().contiguous()
+
+
+def _optional_float(t: Tensor | None) -> Tensor | None:
+    return None if t is None else _float(t)
+
+
+def _number(scale: Tensor | None) -> float:
+    return 1.0 if scale is None else scale.item()
+
+
+def _scaled_(t: Tensor, scale: Tensor | None) -> Tensor:
+    return t if scale is None else t.mul_(scale)
+
+
+def _selected(words: Tensor, nan: int) -> Tensor:
+    if nan >= 0:
+        raise ValueError(f"scores: NaN at flat index {nan}; scores must not contain NaN")
+    return words
+
+
+def _direct_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    y: Tensor = _native().masked_linear(
+        _float(x), _float(values), words.contiguous(), _optional_float(bias), _optional_float(scale)
+    )
+    return y.to(x.dtype)
+
+
+def _panels(values: Tensor, words: Tensor, cols: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (begin, end, weight rows [begin, end)); each panel is good until the next step."""
+    values, words = values.contiguous(), words.contiguous()
+    rows = words.shape[0]
+    height = max(64, _PANEL_BYTES // max(cols * values.element_size(), 1))
+    scratch = values.new_empty((min(height, rows), cols))
+    for begin in range(0, rows, height):
+        end = min(begin + height, rows)
+        panel = scratch[: end - begin]
+        _native().decode_(panel, values, words, begin)
+        yield begin, end, panel
+
+
+def _masked_(weight: Tensor, words: Tensor) -> Tensor:
+    """Clear, in place, the elements of a contiguous weight whose bit is not set."""
+    if weight.numel():
+        matrix = weight.view(words.shape[0], -1)
+        _native().decode_(matrix, matrix, words.contiguous(), 0)
+    return weight
+
+
+def _conv_weight(
+    values: Tensor, words: Tensor, scale: Tensor | None, channels: int, kernel_size: list[int]
+) -> Tensor:
+    kh, kw = kernel_size
+    weight = decode(values, words, channels * kh * kw)
+    return _scaled_(weight, scale).view(-1, channels, kh, kw)
+
+
+def _grad_scores(
+    grad: Tensor, values: Tensor, scores: Tensor, scale: Tensor | None, absolute: bool
+) -> Tensor:
+    grad = _float(grad)
+    signs = _float(scores) if absolute else None
+    _native().scored_grad_(grad, _float(values), signs, _optional_float(scale))
+    return grad.to(scores.dtype)

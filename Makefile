@@ -1,46 +1,68 @@
-# `make demo` and `make test` do all of their own set-up, from nothing but Python 3.11, a C++
-# compiler and CMake (installed into .venv if the machine has none). `make help` lists the rest.
+# `make demo` and `make test` do all of their own set-up in .venv, given Python 3.11, a C++ compiler
+# and make. The first run takes minutes and says what it does; later ones start at once.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# Where pip finds torch. On Linux this is the CPU build; set it empty for PyPI's CUDA build.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST ?= -q
 
-VENV := .venv
-BIN := $(VENV)/bin
+BIN := .venv/bin
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
-say = @printf '\n\033[1m%s\033[0m\n' "$(1)"
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint format ctest clean help
+.PHONY: help demo test bench lint format ctest clean
 
 help:
-	@printf '%s\n' 'make demo    train, pack, save, reload and time a masked network; see demo/report.html' \
-	  'make test    linters, C++ tests, Python tests' 'make bench   the benchmarks in bench/' \
-	  'make lint    ruff and mypy' 'make clean   remove .venv, build/ and caches'
+	@echo 'make demo    train, pack, save, reload and time a masked network, write demo/report.html'
+	@echo 'make test    linters, C++ tests, Python tests'
+	@echo 'make bench   benchmarks of the kernels'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make format  ruff format and its fixes'
+	@echo 'make clean   remove everything that these made'
 
-demo: $(VENV)/.installed
-	$(call say,Demo)
+demo: .venv/.package
+	@echo '── Demo: a masked network from training to a packed file'
 	@time $(BIN)/python examples/demo.py
 
 test: lint ctest
-	$(call say,Python tests)
-	@time $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@echo '── Python tests'
+	@time $(BIN)/python -m pytest $(PYTEST)
 
-bench: $(VENV)/.installed
-	$(call say,Benchmarks)
+bench: .venv/.package
+	@echo '── Benchmarks'
 	@time $(BIN)/python -m bench.run
 
-lint: $(VENV)/.installed
-	$(call say,Linters)
-	@time ( $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy )
+lint: .venv/.package
+	@echo '── Linters: ruff, mypy'
+	@time { $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy; }
 
-ctest: $(VENV)/.installed
-	$(call say,C++ tests)
-	@time ( $(BIN)/cmake -S . -B build/ctest -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	  -DCMAKE_BUILD_TYPE=Release > build-ctest.log ) ; rm -f build-ctest.log
-	@time $(BIN)/cmake --build build/ctest
-	@$(BIN)/ctest --test-dir build/ctest --output-on-failure
+format: .venv/.package
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
+ctest: .venv/.package
+	@echo '── C++ tests'
+	@time { $(BIN)/cmake -S . -B build/ctest -DCMAKE_BUILD_TYPE=Release > build/ctest-configure.log \
+	  || { cat build/ctest-configure.log; exit 1; } ; \
+	  $(BIN)/cmake --build build/ctest --parallel && $(BIN)/ctest --test-dir build/ctest --output-on-failure; }
+
+.venv/.tools:
+	@echo '── .venv with build tools'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=...")'
+	@$(PYTHON) -m venv .venv
+	@time $(BIN)/python -m pip install --quiet 'setuptools>=77' wheel ninja cmake pybind11 numpy
+	@touch $@
+
+.venv/.torch: .venv/.tools
+	@echo '── $(TORCH)'
+	@time $(BIN)/python -m pip install --quiet '$(TORCH)'
+	@touch $@
+
+# Editable, so Python changes need no second install; native sources do.
+.venv/.package: .venv/.torch $(NATIVE)
+	@echo '── masked_kernels: native build and dependencies'
+	@time $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,examples]'
+	@mkdir -p build && touch $@
+
+clean:
+	rm -rf .venv build demo runs *.egg-info masked_kernels/*.so .pytest_cache .ruff_cache .mypy_cache

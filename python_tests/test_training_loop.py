@@ -35,7 +35,9 @@ def data() -> Splits:
 
     def part(count: int) -> ImageDataset:
         labels = torch.arange(count) % 2
-        noise = torch.randint(0, 60, (count, 1, 6, 6), generator=torch.Generator().manual_seed(count))
+        noise = torch.randint(
+            0, 60, (count, 1, 6, 6), generator=torch.Generator().manual_seed(count)
+        )
         return ImageDataset((noise + 120 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels)
 
     return Splits("squares", ("dark", "bright"), (0.4,), (0.3,), part(50), part(20), part(30))
@@ -143,7 +145,9 @@ def test_interrupted_in_mid_epoch_and_resumed_is_bit_identical(
     for slot, values in left["optimizer"]["state"].items():
         assert_same_tensors(values, right["optimizer"]["state"][slot])
     assert [r["epoch"] for r in records] == [1, 2, 3, 4]
-    assert [r["train_loss"] for r in lines(tmp_path / "whole")] == [r["train_loss"] for r in records]
+    assert [r["train_loss"] for r in lines(tmp_path / "whole")] == [
+        r["train_loss"] for r in records
+    ]
 
 
 def test_a_log_line_lost_or_torn_by_a_kill_comes_back(tmp_path: Path, data: Splits) -> None:

@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -219,7 +219,6 @@ def fit(
     identity: Mapping[str, Any] = MappingProxyType({}),
     resume: bool = False,
     progress: bool = True,
-    on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> list[EpochRecord]:
     """Train ``model`` in place; it ends up with the weights of its best validation accuracy.
 
@@ -232,7 +231,6 @@ def fit(
             the model's arguments); a resume with different ones is refused.
         resume: continue from the folder's checkpoint if there is one, else start.
         progress: show a bar on standard error.
-        on_epoch: called with each new record, for logs of one's own.
 
     Returns:
         The records of all epochs, those before a resume included.
@@ -263,8 +261,6 @@ def fit(
             bar.set_postfix_str(
                 f"loss {record['train_loss']:.3f}, val acc {100 * record['val_accuracy']:.1f} %"
             )
-            if on_epoch is not None:
-                on_epoch(record)
     plot_curves(trainer.records, folder / "curves.png")
     model.load_state_dict(trainer.best_weights)
     return trainer.records

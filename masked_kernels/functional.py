@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd
 from ._checks import check_device, check_float, check_like, check_shape, check_type, pair
+from .autograd import MaskedConv2d, MaskedLinear, ScoredConv2d, ScoredLinear
 from .backends import AUTO
 from .mask import PackedMask
 from .prototype import Prototype
@@ -53,7 +53,7 @@ def masked_linear(
     _check_linear(x, values, "mask", mask.shape)
     _check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
-    y = autograd.MaskedLinear.apply(
+    y: Tensor = MaskedLinear.apply(  # type: ignore[no-untyped-call]
         _tokens(x), values, mask.words, bias, _scale(scale, x), backend or AUTO
     )
     return _restore(y, x)
@@ -92,7 +92,7 @@ def scored_linear(
     backend = backend or AUTO
     words = rule.select(scores, backend)
     scale = rule.weight_scale(words, scores.numel())
-    y = autograd.ScoredLinear.apply(
+    y: Tensor = ScoredLinear.apply(  # type: ignore[no-untyped-call]
         _tokens(x), values, words, bias, scores, scale, rule.absolute, backend
     )
     return _restore(y, x)
@@ -133,7 +133,7 @@ def masked_conv2d(
     )
     _check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
-    y: Tensor = autograd.MaskedConv2d.apply(
+    y: Tensor = MaskedConv2d.apply(  # type: ignore[no-untyped-call]
         batch,
         values,
         mask.words,
@@ -182,7 +182,7 @@ def scored_conv2d(
     backend = backend or AUTO
     words = rule.select(scores, backend)
     scale = rule.weight_scale(words, scores.numel())
-    y: Tensor = autograd.ScoredConv2d.apply(
+    y: Tensor = ScoredConv2d.apply(  # type: ignore[no-untyped-call]
         batch, values, words, bias, scores, scale, rule.absolute, geometry, backend
     )
     return y if x.dim() == 4 else y.squeeze(0)

@@ -159,7 +159,7 @@ def test_literal_draw() -> None:
     assert [round(v, 4) for v in drawn.tolist()] == LITERAL_DRAW
 
 
-LITERAL_DRAW = [-0.657, 0.1149, 0.0906, 0.3062]
+LITERAL_DRAW = [-0.657, 0.1149, -0.0906, 0.3062]
 
 
 def test_which_parameters_train() -> None:

@@ -187,8 +187,7 @@ def _masked_like(
     )
     layer.scores = _draw_scores(plain.weight, config.score_init, generator)
     if plain.bias is not None:
-        layer.bias = plain.bias
-        layer.bias.requires_grad_(config.train_bias)
+        layer.bias = nn.Parameter(plain.bias, requires_grad=config.train_bias)
     layer.train(plain.training)
     return layer
 

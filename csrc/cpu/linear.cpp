@@ -9,6 +9,8 @@
 
 #include "masked_kernels/kernels.h"
 
+#include <numeric>
+
 namespace masked_kernels {
 namespace {
 
@@ -41,13 +43,19 @@ namespace scalar {
 
 template <int kTokens>
 void micro_kernel(const Rows& rows, const Rows&, const float* x, int64_t count, float* sums) {
-  std::fill_n(sums, kTokens, 0.0f);
-  for (int64_t k = 0; k < count; ++k) {
-    if (!(rows.words[0][k / kWordBits] >> k % kWordBits & 1))
-      continue;
+  float acc[kTokens][kLanes] = {};
+  for (int64_t k = 0; k < count; k += kLanes, x += kTokens * kLanes) {
+    const uint32_t bits = rows.words[0][k / kWordBits] >> k % kWordBits;
+    const int64_t lanes = std::min(kLanes, count - k);
+    float w[kLanes] = {};
+    for (int64_t j = 0; j < lanes; ++j)
+      w[j] = bits >> j & 1 ? rows.values[0][k + j] : 0.0f;
     for (int t = 0; t < kTokens; ++t)
-      sums[t] += x[(k / kLanes * kTokens + t) * kLanes + k % kLanes] * rows.values[0][k];
+      for (int64_t j = 0; j < kLanes; ++j)
+        acc[t][j] += x[t * kLanes + j] * w[j];
   }
+  for (int t = 0; t < kTokens; ++t)
+    sums[t] = std::accumulate(acc[t], acc[t] + kLanes, 0.0f);
 }
 
 constexpr Kernels kKernels = {
@@ -57,8 +65,55 @@ constexpr Kernels kKernels = {
 
 #if MK_X86
 namespace avx2 {
-using scalar::kKernels;
+
+// Lanes from their bits in every lane of `bits`.
+MK_AVX2 MK_INLINE __m256i expand(__m256i bits, __m256i lane_bit) {
+  return _mm256_cmpeq_epi32(_mm256_and_si256(bits, lane_bit), lane_bit);
 }
+
+template <int kRows, int kTokens>
+MK_AVX2 void micro_kernel(
+    const Rows& rows, const Rows&, const float* x, int64_t count, float* sums) {
+  __m256 acc[kRows][kTokens];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+      acc[r][t] = _mm256_setzero_ps();
+
+  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i high = _mm256_slli_epi32(low, 8);
+  for (int64_t k = 0; k < count; k += kLanes, x += kTokens * kLanes) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      // Past the end all bits are 0, and a masked load reads nothing there.
+      const uint32_t word = rows.words[r][k / kWordBits] >> k % kWordBits & low_bits(count - k);
+      const __m256i bits = _mm256_set1_epi32(static_cast<int>(word));
+      const float* values = rows.values[r] + k;
+      const __m256 w_low = _mm256_maskload_ps(values, expand(bits, low));
+      const __m256 w_high = _mm256_maskload_ps(values + kLanes / 2, expand(bits, high));
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        const float* xt = x + t * kLanes;
+        acc[r][t] = _mm256_fmadd_ps(w_low, _mm256_loadu_ps(xt), acc[r][t]);
+        acc[r][t] = _mm256_fmadd_ps(w_high, _mm256_loadu_ps(xt + kLanes / 2), acc[r][t]);
+      }
+    }
+  }
+
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTokens; ++t) {
+      float lanes[kLanes / 2];
+      _mm256_storeu_ps(lanes, acc[r][t]);
+      sums[r * kTokens + t] = std::accumulate(lanes, lanes + kLanes / 2, 0.0f);
+    }
+  }
+}
+
+constexpr Kernels kKernels = {4, {{4, micro_kernel<4, 1>}, {4, micro_kernel<4, 2>},
+                                     {4, micro_kernel<4, 3>}, {3, micro_kernel<3, 4>}}};
+
+} // namespace avx2
 
 namespace avx512 {
 

@@ -1,4 +1,6 @@
-"""Masked neural networks: frozen weights, one trained bit per weight, and kernels that use the bits as they are."""
+"""Masked neural networks: frozen weights, one trained bit per weight, and kernels that use the bits
+as they are.
+"""
 
 from . import models, nn, recipes
 from .backends import BackendError, backends, use_backend

@@ -1,6 +1,7 @@
 """Schemas, fake kernels and dispatch of every op; docs/architecture.md says what each computes.
 
-This file imports torch only. The ops carry no autograd: ``autograd.py`` is what users differentiate through.
+This file imports torch only. The ops carry no autograd: ``autograd.py`` is what users differentiate
+through.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,9 @@ _library = torch.library.Library("masked_kernels", "DEF")
 
 
 def _define(name: str, arguments: str, fake: Callable[..., Any]) -> Any:
-    """Register ``masked_kernels::name(arguments, str backend) -> Tensor`` and return its default overload."""
+    """Register ``masked_kernels::name(arguments, str backend) -> Tensor`` and return its default
+    overload.
+    """
 
     def run(*args: Any) -> Any:
         return select(name, args[-1], *args[:-1])(*args[:-1])
@@ -124,12 +127,14 @@ scored_linear_grad_scores = _define(
 )
 masked_conv2d = _define(
     "masked_conv2d",
-    f"Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale, SymInt[] kernel_size, {_CONV}",
+    "Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale, "
+    f"SymInt[] kernel_size, {_CONV}",
     _fake_masked_conv2d,
 )
 masked_conv2d_grad_x = _define(
     "masked_conv2d_grad_x",
-    f"Tensor grad_y, Tensor values, Tensor words, Tensor? scale, SymInt[] x_size, SymInt[] kernel_size, {_CONV}",
+    "Tensor grad_y, Tensor values, Tensor words, Tensor? scale, SymInt[] x_size, "
+    f"SymInt[] kernel_size, {_CONV}",
     _fake_masked_conv2d_grad_x,
 )
 masked_conv2d_grad_weight = _define(

@@ -1,7 +1,8 @@
 """One autograd.Function per differentiable op; they save tensors and call ops, nothing else.
 
-The score gradient is straight-through: the mask's derivative by the score is taken as 1 everywhere, so a score gets
-``dL/dW_eff * w`` whether its weight is kept or not (edge-popup; PEMN section 3.1), times sign(score) where the rule ranks |score|.
+The score gradient is straight-through: the mask's derivative by the score is taken as 1 everywhere,
+so a score gets ``dL/dW_eff * w`` whether its weight is kept or not (edge-popup; PEMN section 3.1),
+times sign(score) where the rule ranks |score|.
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
 """The differentiable functions: validate, apply autocast, call the autograd.Function.
 
-All of them compute with ``w_eff = scale * (weight ⊙ mask)``. ``weight`` is a tensor of the mask's shape or a Prototype, read as
-``flat[i] = values[i % period]``. float32, bfloat16, float16 and (reference backend) float64; under autocast x, weight and bias are
-cast to the autocast dtype while scores keep theirs. Shapes: M tokens, K inputs, N outputs; B, C, H, W as in ``F.conv2d``.
+All of them compute with ``w_eff = scale * (weight ⊙ mask)``. ``weight`` is a tensor of the mask's
+shape or a Prototype, read as ``flat[i] = values[i % period]``. float32, bfloat16, float16 and
+(reference backend) float64; under autocast x, weight and bias are cast to the autocast dtype while
+scores keep theirs. Shapes: M tokens, K inputs, N outputs; B, C, H, W as in ``F.conv2d``.
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd
 from ._checks import check_device, check_float, check_like, check_shape, check_type, pair
+from .autograd import MaskedConv2d, MaskedLinear, ScoredConv2d, ScoredLinear
 from .backends import AUTO
 from .mask import PackedMask
 from .prototype import Prototype
@@ -35,21 +36,24 @@ def masked_linear(
 
     Args:
         x: ``[..., K]``.
-        weight: ``[N, K]`` or a Prototype, dtype of x. A dense weight that requires grad gets one, ⊙ mask.
+        weight: ``[N, K]`` or a Prototype, dtype of x. A dense weight that requires grad gets one, ⊙
+            mask.
         mask: of shape ``(N, K)``.
         bias: ``[N]`` or None.
         scale: number or 0-d tensor (a constant: no gradient), None for 1.
-        backend: runs on exactly this backend or raises ``BackendError`` with the reason; None chooses.
+        backend: runs on exactly this backend or raises ``BackendError`` with the reason; None
+            chooses.
 
     Returns:
-        ``[..., N]``, dtype of x (or of autocast). Differentiable once in x, bias and a dense weight.
+        ``[..., N]``, dtype of x (or of autocast). Differentiable once in x, bias and a dense
+        weight.
     """
     x, values, bias = _autocast(x, weight, bias)
     check_type("mask", mask, PackedMask)
     _check_linear(x, values, "mask", mask.shape)
     _check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
-    y = autograd.MaskedLinear.apply(
+    y: Tensor = MaskedLinear.apply(  # type: ignore[no-untyped-call]
         _tokens(x), values, mask.words, bias, _scale(scale, x), backend or AUTO
     )
     return _restore(y, x)
@@ -64,10 +68,11 @@ def scored_linear(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """``masked_linear`` with ``mask = rule(scores)``, differentiable in the scores straight through the rule (PEMN, section 3.1).
+    """``masked_linear`` with ``mask = rule(scores)``, differentiable in the scores.
 
-    The score gradient is ``dL/dw_eff ⊙ w`` times the rule's scale at every position, kept or not, and ⊙ sign(scores) when the
-    rule ranks |score|.
+    The gradient passes straight through the rule (edge-popup; PEMN, section 3.1): it is
+    ``dL/dw_eff ⊙ w`` times the rule's scale at every position, kept or not, and ⊙ sign(scores)
+    when the rule ranks |score|.
 
     Args:
         x: ``[..., K]``.
@@ -87,7 +92,7 @@ def scored_linear(
     backend = backend or AUTO
     words = rule.select(scores, backend)
     scale = rule.weight_scale(words, scores.numel())
-    y = autograd.ScoredLinear.apply(
+    y: Tensor = ScoredLinear.apply(  # type: ignore[no-untyped-call]
         _tokens(x), values, words, bias, scores, scale, rule.absolute, backend
     )
     return _restore(y, x)
@@ -110,14 +115,16 @@ def masked_conv2d(
 
     Args:
         x: ``[B, C, H, W]`` or ``[C, H, W]``; channels_last stays channels_last.
-        weight: ``[N, C / groups, kh, kw]`` or a Prototype, dtype of x. A dense weight that requires grad gets one, ⊙ mask.
+        weight: ``[N, C / groups, kh, kw]`` or a Prototype, dtype of x. A dense weight that requires
+            grad gets one, ⊙ mask.
         mask: of shape ``(N, C / groups, kh, kw)``.
         bias: ``[N]`` or None.
         stride, padding, dilation, groups: as in ``F.conv2d``, ``"same"`` and ``"valid"`` included.
         scale, backend: as in ``masked_linear``.
 
     Returns:
-        ``[B, N, H', W']``, dtype of x (or of autocast). Differentiable once in x, bias and a dense weight.
+        ``[B, N, H', W']``, dtype of x (or of autocast). Differentiable once in x, bias and a dense
+        weight.
     """
     x, values, bias = _autocast(x, weight, bias)
     check_type("mask", mask, PackedMask)
@@ -126,7 +133,7 @@ def masked_conv2d(
     )
     _check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
-    y: Tensor = autograd.MaskedConv2d.apply(
+    y: Tensor = MaskedConv2d.apply(  # type: ignore[no-untyped-call]
         batch,
         values,
         mask.words,
@@ -152,7 +159,7 @@ def scored_conv2d(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """``masked_conv2d`` with ``mask = rule(scores)``, differentiable in the scores as ``scored_linear`` is.
+    """``masked_conv2d`` with ``mask = rule(scores)``, differentiable as ``scored_linear`` is.
 
     Args:
         x: ``[B, C, H, W]`` or ``[C, H, W]``.
@@ -175,7 +182,7 @@ def scored_conv2d(
     backend = backend or AUTO
     words = rule.select(scores, backend)
     scale = rule.weight_scale(words, scores.numel())
-    y: Tensor = autograd.ScoredConv2d.apply(
+    y: Tensor = ScoredConv2d.apply(  # type: ignore[no-untyped-call]
         batch, values, words, bias, scores, scale, rule.absolute, geometry, backend
     )
     return y if x.dim() == 4 else y.squeeze(0)
@@ -184,7 +191,10 @@ def scored_conv2d(
 def _autocast(
     x: Tensor, weight: Weight, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, the values of weight, and bias, in the autocast dtype where autocast is on (custom ops are not on its list)."""
+    """x, the values of weight, and bias, in the autocast dtype where autocast is on.
+
+    Custom ops are not on autocast's own list.
+    """
     check_float("x", x)
     check_type("weight", weight, (Tensor, Prototype))
     values = weight.values if isinstance(weight, Prototype) else weight
@@ -233,15 +243,15 @@ def _check_conv2d(
     dilation: IntOrPair,
     groups: int,
 ) -> tuple[Tensor, tuple[list[int], list[int], list[int], int]]:
-    """The batched, where necessary padded x, and (stride, padding, dilation, groups) as the ops take them."""
+    """x as the op takes it (batched, padded), and (stride, padding, dilation, groups)."""
     _check_weight(values, source, shape, dim=4)
     if x.dim() not in (3, 4):
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, C, H, W) or (C, H, W)")
     batch = x if x.dim() == 4 else x.unsqueeze(0)
     if groups < 1 or batch.shape[1] != shape[1] * groups or shape[0] % groups:
         raise ValueError(
-            f"groups: got {groups} with {batch.shape[1]} channels and {source} of shape {tuple(shape)}, expected channels = "
-            f"groups * {shape[1]} and {shape[0]} outputs divisible by groups"
+            f"groups: got {groups} with {batch.shape[1]} channels and {source} {tuple(shape)}, "
+            f"expected channels = groups * {shape[1]} and {shape[0]} outputs divisible by groups"
         )
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
     batch, paddings = _resolve_padding(batch, padding, shape[2:], strides, dilations)
@@ -261,7 +271,7 @@ def _resolve_padding(
     stride: list[int],
     dilation: list[int],
 ) -> tuple[Tensor, list[int]]:
-    """Symmetric padding as integers; ``"same"`` of an odd total puts its odd one on x itself, at the right and bottom."""
+    """x and symmetric padding; ``"same"`` of an odd total pads x itself, right and bottom."""
     if not isinstance(padding, str):
         return x, pair("padding", padding, 0)
     if padding == "valid":
@@ -291,9 +301,7 @@ def _scale(scale: float | Tensor | None, x: Tensor) -> Tensor | None:
         check_shape("scale", scale, ())
         check_device("scale", scale, "x", x)
         if scale.requires_grad:
-            raise ValueError(
-                "scale: got a tensor that requires grad, expected a constant; multiply the output instead"
-            )
+            raise ValueError("scale: got a tensor that requires grad, expected a constant")
         return scale
     return torch.full(
         (),

@@ -13,7 +13,9 @@ from .backends._layout import words_per_row
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """Rows and columns of a weight's matrix view: (shape[0], product of the rest); a 1-D weight is one row."""
+    """Rows and columns of a weight's matrix view: (shape[0], product of the rest); a 1-D weight is
+    one row.
+    """
     if len(shape) < 2:
         return 1, shape.numel()
     return shape[0], shape[1:].numel()
@@ -22,9 +24,10 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
 class PackedMask:
     """An immutable binary mask of a weight, 32 bits to a word.
 
-    With rows = ``shape[0]`` and cols = the product of the other dimensions (row-major, whatever the weight's memory format),
-    ``words`` is int32 ``[rows, ceil(cols / 32)]``: bit j, least significant first, of word w of row r is element ``32 * w + j``
-    of that row. Padding bits are 0. A 1-D weight is one row. docs/format.md has a worked example.
+    With rows = ``shape[0]`` and cols = the product of the other dimensions (row-major, whatever the
+    weight's memory format), ``words`` is int32 ``[rows, ceil(cols / 32)]``: bit j, least
+    significant first, of word w of row r is element ``32 * w + j`` of that row. Padding bits are 0.
+    A 1-D weight is one row. docs/format.md has a worked example.
 
     Args:
         words: int32 tensor ``[rows, ceil(cols / 32)]`` with zero padding bits. Not copied.
@@ -52,7 +55,9 @@ class PackedMask:
 
     @classmethod
     def from_bytes(cls, data: bytes, shape: torch.Size | tuple[int, ...]) -> "PackedMask":
-        """The mask whose ``to_bytes`` is ``data``; raises ``ValueError`` if the length or the unused last bits do not fit."""
+        """The mask whose ``to_bytes`` is ``data``; raises ``ValueError`` if the length or the
+        unused last bits do not fit.
+        """
         size = torch.Size(shape)
         count = size.numel()
         if len(data) != (count + 7) // 8:
@@ -98,7 +103,9 @@ class PackedMask:
         return PackedMask(_ops.transpose(self._words, cols, AUTO), (cols, rows))
 
     def to_bytes(self) -> bytes:
-        """ceil(N / 8) bytes: element i is bit ``i % 8``, least significant first, of byte ``i // 8``; rows are not padded."""
+        """ceil(N / 8) bytes: element i is bit ``i % 8``, least significant first, of byte ``i //
+        8``; rows are not padded.
+        """
         return np.packbits(self.unpack().flatten().cpu().numpy(), bitorder="little").tobytes()
 
     def to(self, device: torch.device | str) -> "PackedMask":
@@ -133,7 +140,8 @@ class PackedMask:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"PackedMask(shape={tuple(self._shape)}, density={self.density():.4f}, device={self.device})"
+        shape = tuple(self._shape)
+        return f"PackedMask(shape={shape}, density={self.density():.4f}, device={self.device})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedMask, (self._words, self._shape)

@@ -8,16 +8,20 @@ from torch import Tensor, nn
 from ._checks import check_float
 
 ROWS_PER_PATTERN = 64
-"""An aligned period longer than a row must leave at least this many rows to each distinct row pattern."""
+"""An aligned period longer than a row must leave at least this many rows to each distinct row
+pattern.
+"""
 
 
 class Prototype(nn.Module):
     """Frozen values repeated along the flattened weight: ``flat[i] = values[i % period]``.
 
-    One instance registered in many layers is one buffer, and stays one through ``.to()``, ``copy.deepcopy`` and saving.
+    One instance registered in many layers is one buffer, and stays one through ``.to()``,
+    ``copy.deepcopy`` and saving.
 
     Args:
-        values: 1-D float tensor ``[period]``, at least one element. Not copied; it gets no gradient.
+        values: 1-D float tensor ``[period]``, at least one element. Not copied; it gets no
+            gradient.
     """
 
     values: Tensor
@@ -27,7 +31,7 @@ class Prototype(nn.Module):
         check_float("values", values)
         if values.dim() != 1 or values.numel() == 0:
             raise ValueError(
-                f"values: got shape {tuple(values.shape)}, expected a 1-D tensor with at least one element"
+                f"values: got shape {tuple(values.shape)}, expected a 1-D tensor, not empty"
             )
         self.register_buffer("values", values.detach())
 
@@ -36,7 +40,7 @@ class Prototype(nn.Module):
         return self.values.numel()
 
     def fill(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        """A new tensor of ``shape`` with ``flat[i] = values[i % period]``, row-major from offset 0."""
+        """A new tensor of ``shape``, row-major from offset 0: ``flat[i] = values[i % period]``."""
         size = torch.Size(shape)
         index = torch.arange(size.numel(), device=self.values.device) % self.period
         return self.values[index].view(size)
@@ -48,9 +52,10 @@ class Prototype(nn.Module):
 def prototype_period(largest: int, ratio: float, align: Sequence[int] | None = None) -> int:
     """The prototype's length for a network whose largest masked layer has ``largest`` weights.
 
-    ``int(largest * ratio) + 1`` for ratio < 1 and ``largest`` for 1, as the released PEMN code computes it. With ``align``, the
-    period nearest to that (the shorter of two) which suits every row length K in ``align``: it divides K, so that all rows
-    read the same values, or it is ``c * K`` with ``c * 64 <= largest // K``, so that each of the c row patterns serves 64 rows or more.
+    ``int(largest * ratio) + 1`` for ratio < 1 and ``largest`` for 1, as the released PEMN code
+    computes it. With ``align``, the period nearest to that (the shorter of two) which suits every
+    row length K in ``align``: it divides K, so that all rows read the same values, or it is ``c *
+    K`` with ``c * 64 <= largest // K``, so that each of the c row patterns serves 64 rows or more.
 
     Args:
         largest: number of weights of the largest masked layer, at least 1.

@@ -15,20 +15,25 @@ def one_layer(density: float = 0.5) -> MaskConfig:
 
 
 def max_layer_padding(density: float = 0.5) -> MaskConfig:
-    """Every layer takes its prefix of the largest layer's random weights, whose std it keeps (PEMN, section 3.3, MP)."""
+    """Every layer takes its prefix of the largest layer's random weights, whose std it keeps (PEMN,
+    section 3.3, MP).
+    """
     return MaskConfig(rule=TopK(density), values="max_layer_padding")
 
 
 def random_padding(ratio: float = 1e-2, density: float = 0.5, align: bool = False) -> MaskConfig:
     """One short random vector repeated through every layer (PEMN, section 3.4, RP).
 
-    ``align=True`` moves the period to a near one with few distinct row patterns, the fast path; the paper's exact one is the default.
+    ``align=True`` moves the period to a near one with few distinct row patterns, the fast path; the
+    paper's exact one is the default.
     """
     return MaskConfig(rule=TopK(density), values="random_padding", ratio=ratio, align=align)
 
 
 def self_masking(threshold: float = 0.0) -> MaskConfig:
-    """Threshold masks on a pretrained backbone, weights rescaled by 1 / sqrt(density) (Self-Masking Networks, section 3)."""
+    """Threshold masks on a pretrained backbone, weights rescaled by 1 / sqrt(density) (Self-Masking
+    Networks, section 3).
+    """
     return MaskConfig(
         rule=Threshold(threshold, rescale=True),
         values="pretrained",

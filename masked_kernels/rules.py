@@ -1,6 +1,7 @@
 """Rules turn scores into masks: exact top-k, threshold, N:M.
 
-A rule is a frozen dataclass. ``rule(scores)`` is a PackedMask; the straight-through gradient is in ``functional.scored_*``.
+A rule is a frozen dataclass. ``rule(scores)`` is a PackedMask; the straight-through gradient is in
+``functional.scored_*``.
 """
 
 import abc
@@ -17,7 +18,9 @@ from .mask import PackedMask, matrix_shape
 
 
 class Rule(abc.ABC):
-    """Base of all rules; ``absolute`` says whether |score| is ranked, which puts sign(score) into the score gradient."""
+    """Base of all rules; ``absolute`` says whether |score| is ranked, which puts sign(score) into
+    the score gradient.
+    """
 
     absolute: bool
 
@@ -48,7 +51,8 @@ class Rule(abc.ABC):
 
 @dataclass(frozen=True)
 class TopK(Rule):
-    """Keep ``n - int((1 - density) * n)`` of a tensor's n weights: those with the largest scores (edge-popup, PEMN section 3.1).
+    """Keep ``n - int((1 - density) * n)`` of a tensor's n weights: those with the largest scores
+    (edge-popup, PEMN section 3.1).
 
     Exactly that many, ties or not: among equal scores the lower flat index is dropped first.
 
@@ -75,7 +79,8 @@ class Threshold(Rule):
 
     Args:
         threshold: a score equal to it is dropped.
-        rescale: divide the weight by the square root of this tensor's density. The density counts as a constant in the backward.
+        rescale: divide the weight by the square root of this tensor's density. The density counts
+            as a constant in the backward.
     """
 
     threshold: float = 0.0
@@ -101,7 +106,8 @@ class Threshold(Rule):
 
 @dataclass(frozen=True)
 class NM(Rule):
-    """Keep the n largest of every m consecutive weights of a row; a shorter last group keeps at most n.
+    """Keep the n largest of every m consecutive weights of a row; a shorter last group keeps at
+    most n.
 
     Among equal scores the lower index is dropped first.
 

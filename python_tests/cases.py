@@ -51,7 +51,8 @@ class Conv:
 
     def __str__(self) -> str:
         fields = (self.batch, self.channels, *self.size, self.outputs, *self.kernel)
-        text = f"{'x'.join(map(str, fields))}-s{self.stride}-p{self.padding}-d{self.dilation}-g{self.groups}"
+        text = f"{'x'.join(map(str, fields))}-s{self.stride}-p{self.padding}"
+        text += f"-d{self.dilation}-g{self.groups}"
         return text.replace(" ", "")
 
     @property
@@ -94,7 +95,9 @@ def make_mask(kind: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def make_weight(period: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | mk.Prototype:
-    """A dense weight or a Prototype of the period named, K being the row length and NK the number of weights."""
+    """A dense weight or a Prototype of the period named, K being the row length and NK the number
+    of weights.
+    """
     n, k = shape[0], torch.Size(shape[1:]).numel()
     if period == "dense":
         return torch.randn(shape, dtype=dtype)
@@ -113,9 +116,11 @@ def dense(weight: Tensor | mk.Prototype, shape: tuple[int, ...]) -> Tensor:
 def assert_within(
     name: str, got: Tensor, plain: Tensor, truth: Tensor, computed_in: torch.dtype | None = None
 ) -> None:
-    """The error of ``got`` against float64 is at most twice that of plain PyTorch in the same dtype, plus one rounding.
+    """The error of ``got`` against float64 is at most twice that of plain PyTorch in the same
+    dtype, plus one rounding.
 
-    The rounding is that of ``computed_in``, for a float32 score gradient that both form from a 16-bit weight gradient.
+    The rounding is that of ``computed_in``, for a float32 score gradient that both form from a
+    16-bit weight gradient.
     """
     assert got.shape == truth.shape, (
         f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"

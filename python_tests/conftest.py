@@ -1,4 +1,6 @@
-"""Fixtures: every test runs with uninitialised memory filled with NaN, and op tests run once per backend."""
+"""Fixtures: every test runs with uninitialised memory filled with NaN, and op tests run once per
+backend.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-backend",
         default="",
-        help="comma-separated backends that must be available: a broken build fails instead of skipping",
+        help="comma-separated backends that must be available: a broken build fails, not skips",
     )
 
 
@@ -25,7 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """torch.empty returns NaN (integers: the largest), so a kernel that leaves an element unwritten is seen."""
+    """torch.empty returns NaN (integers: the largest), so a kernel that leaves an element unwritten
+    is seen.
+    """
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
     yield

@@ -1,4 +1,6 @@
-"""A second oracle beside ``backends/reference.py``: plain Python loops over floats, sharing no code with the package."""
+"""A second oracle beside ``backends/reference.py``: plain Python loops over floats, sharing no code
+with the package.
+"""
 
 import math
 from itertools import product
@@ -55,7 +57,9 @@ def linear(
 
 
 def conv2d(x, weight, mask, bias, stride, padding, dilation, groups):
-    """Nested lists: x [B][C][H][W], weight and mask [N][C / groups][kh][kw]; the three geometry arguments are (h, w) pairs."""
+    """Nested lists: x [B][C][H][W], weight and mask [N][C / groups][kh][kw]; the three geometry
+    arguments are (h, w) pairs.
+    """
     channels, height, width = len(x[0]), len(x[0][0]), len(x[0][0][0])
     kh, kw = len(weight[0][0]), len(weight[0][0][0])
     out_h = (height + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1

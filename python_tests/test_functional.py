@@ -1,5 +1,6 @@
 """masked_* and scored_*: outputs and every gradient against float64, on every backend."""
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,6 @@ from cases import (
 from torch import Tensor
 
 import masked_kernels as mk
-import oracle
 
 RULES = (
     mk.TopK(0.5),
@@ -36,7 +36,7 @@ def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def plain_grads(function, inputs, weight, mask, scale, grad_y, dtype):
-    """Output and gradients (inputs, then w_eff) of plain PyTorch in ``dtype`` on the same numbers."""
+    """Output and gradients (inputs, then w_eff) of plain PyTorch in ``dtype``, same numbers."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
     effective = (torch.where(mask, weight.to(dtype), 0) * scale).requires_grad_()
     y = function(leaves[0], effective, *leaves[1:])
@@ -173,7 +173,9 @@ def test_scored_conv2d(case: Conv, dtype: torch.dtype, rule: mk.Rule, backend: s
 
 
 def check_scored(got, function, inputs, weight, scores, mask, rule, grad_y, dtype) -> None:
-    """The score gradient is dL/dw_eff times w everywhere, times the rescale, times sign(score) where |score| is ranked."""
+    """The score gradient is dL/dw_eff times w everywhere, times the rescale, times sign(score)
+    where |score| is ranked.
+    """
     rescaled = isinstance(rule, mk.Threshold) and rule.rescale and mask.any()
     scale = float(mask.double().mean()) ** -0.5 if rescaled else 1.0
     truth, plain = (
@@ -257,7 +259,9 @@ def test_x_layouts(layout: str, backend: str) -> None:
 
 
 def test_weight_layouts(backend: str) -> None:
-    """The flat order is row-major whatever the memory format: the published reference breaks silently here."""
+    """The flat order is row-major whatever the memory format: the published reference breaks
+    silently here.
+    """
     x, mask = torch.randn(2, 8, 5, 5), torch.rand(6, 8, 3, 3) < 0.5
     weight = torch.randn(6, 8, 3, 3)
     scores = torch.randn(6, 8, 3, 3)
@@ -277,7 +281,9 @@ def test_weight_layouts(backend: str) -> None:
     "function", ["masked_linear", "scored_linear", "masked_conv2d", "scored_conv2d"]
 )
 def test_gradcheck(function: str) -> None:
-    """Finite differences in float64. The mask does not move under a small step, so scores get no numerical gradient here."""
+    """Finite differences in float64. The mask does not move under a small step, so scores get no
+    numerical gradient here.
+    """
     conv = "conv" in function
     shape = (4, 2, 3, 3) if conv else (4, 6)
     x = torch.randn((2, 4, 5, 5) if conv else (3, 6), dtype=torch.float64, requires_grad=True)

@@ -1,7 +1,8 @@
 """Which backend runs an op, and why not the others.
 
-A backend is a module of this folder with functions named after the ops of ``_ops.py``, ``why_unavailable() -> str | None``
-and ``why_not(op, *args) -> str | None``. Listing its name in ``ORDER`` is all the registration there is.
+A backend is a module of this folder with functions named after the ops of ``_ops.py``,
+``why_unavailable() -> str | None`` and ``why_not(op, *args) -> str | None``. Listing its name in
+``ORDER`` is all the registration there is.
 """
 
 import functools
@@ -20,7 +21,8 @@ ENVIRONMENT_VARIABLE = "MASKED_KERNELS_BACKEND"
 
 _log = logging.getLogger("masked_kernels")
 
-# Process-wide rather than a ContextVar: autograd runs the backward of a GPU graph in threads of its own, and those must obey too.
+# Process-wide rather than a ContextVar: autograd runs the backward of a GPU graph in threads of its
+# own, and those must obey too.
 _requested = AUTO
 
 
@@ -29,7 +31,7 @@ class BackendError(RuntimeError):
 
 
 def backends() -> dict[str, str | None]:
-    """Map every backend name, best first, to None if it can be used here, else to the reason why not."""
+    """Every backend's name, best first, to None if it can be used here or the reason why not."""
     return {name: why_unavailable(name) for name in ORDER}
 
 
@@ -44,10 +46,11 @@ def why_unavailable(name: str) -> str | None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the ``with`` block on the backend ``name``; ``"auto"`` restores the automatic choice.
+    """Run every op of the ``with`` block on one backend; ``"auto"`` restores the automatic choice.
 
-    The setting belongs to the process, threads included. A ``backend=`` argument beats it; it beats the environment variable
-    ``MASKED_KERNELS_BACKEND``. Raises ``ValueError`` for an unknown name and ``BackendError`` for one that is unavailable here.
+    The setting belongs to the process, threads included. A ``backend=`` argument beats it; it beats
+    the environment variable ``MASKED_KERNELS_BACKEND``. Raises ``ValueError`` for an unknown name
+    and ``BackendError`` for one that is unavailable here.
     """
     global _requested
     check_name(name)
@@ -66,7 +69,7 @@ def check_name(name: str) -> None:
 
 
 def requested(argument: str = AUTO) -> str:
-    """The backend in force: the argument, else ``use_backend``, else the environment variable, else ``"auto"``."""
+    """The name in force: the argument, else ``use_backend``, else the environment, else auto."""
     if argument != AUTO:
         name = argument
     elif _requested != AUTO:
@@ -83,7 +86,10 @@ def select(op: str, argument: str, *args: Any) -> Callable[..., Any]:
 
 
 def choose(op: str, argument: str, *args: Any) -> str:
-    """The backend for ``op`` on ``args``: the one asked for by name, or ``BackendError``; else the first that can run it."""
+    """The backend for ``op`` on ``args``: the first that can run it unless one was asked for.
+
+    One asked for by name that cannot run it raises ``BackendError``.
+    """
     name = requested(argument)
     if name != AUTO:
         if reason := why_not(name, op, *args):
@@ -108,7 +114,7 @@ def why_not(name: str, op: str, *args: Any) -> str | None:
 
 
 def explain(op: str, *args: Any) -> dict[str, str | None]:
-    """For every backend, best first: None if it can run ``op`` on ``args``, else the reason why not."""
+    """Every backend's name, best first, to None if it can run the call or the reason why not."""
     return {name: why_not(name, op, *args) for name in ORDER}
 
 

@@ -10,7 +10,9 @@ def words_per_row(cols: int) -> int:
 
 
 def conv_memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last for a strictly channels_last ``x`` (N, C, H, W); an ``x`` that is both counts as contiguous."""
+    """channels_last for a strictly channels_last ``x`` (N, C, H, W); an ``x`` that is both counts
+    as contiguous.
+    """
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format

@@ -1,12 +1,14 @@
-"""The specification: every op in plain PyTorch, on any device and in any float dtype, with float64 for truth.
+"""The specification: every op in plain PyTorch, on any device and in any float dtype, with float64
+for truth.
 
-It unpacks, multiplies and calls the library; it is never clever. The other backends are judged by it, and it is a working backend
-itself, last in the order of preference.
+It unpacks, multiplies and calls the library; it is never clever. The other backends are judged by
+it, and it is a working backend itself, last in the order of preference.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ._layout import conv_memory_format, words_per_row
 
@@ -121,7 +123,7 @@ def masked_conv2d_grad_x(
     groups: int,
 ) -> Tensor:
     weight = _conv_weight(values, words, scale, x_size[1] // groups, kernel_size)
-    grad_x = torch.nn.grad.conv2d_input(x_size, weight, grad_y, stride, padding, dilation, groups)
+    grad_x: Tensor = conv2d_input(x_size, weight, grad_y, stride, padding, dilation, groups)
     return grad_x.contiguous(memory_format=conv_memory_format(grad_y))
 
 
@@ -137,7 +139,7 @@ def masked_conv2d_grad_weight(
     groups: int,
 ) -> Tensor:
     size = (grad_y.shape[1], x.shape[1] // groups, *kernel_size)
-    grad = torch.nn.grad.conv2d_weight(x, size, grad_y, stride, padding, dilation, groups)
+    grad = conv2d_weight(x, size, grad_y, stride, padding, dilation, groups)
     mask = unpack(words, size[1] * size[2] * size[3]).view(size)
     return torch.where(mask, _scaled(grad, scale), 0).contiguous()
 
@@ -154,20 +156,21 @@ def scored_conv2d_grad_scores(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    grad = torch.nn.grad.conv2d_weight(x, scores.shape, grad_y, stride, padding, dilation, groups)
+    grad = conv2d_weight(x, scores.shape, grad_y, stride, padding, dilation, groups)
     return _grad_scores(grad, values, scores, scale, absolute).contiguous()
 
 
 def _keys(scores: Tensor, absolute: bool) -> Tensor:
     if (nan := scores.isnan()).any():
-        raise ValueError(
-            f"scores: NaN at flat index {int(nan.flatten().int().argmax())}; scores must not contain NaN"
-        )
+        index = int(nan.flatten().int().argmax())
+        raise ValueError(f"scores: NaN at flat index {index}; scores must not contain NaN")
     return scores.abs() if absolute else scores
 
 
 def _largest(keys: Tensor, n: int) -> Tensor:
-    """True at the n largest along the last dimension; among equals the lower index is dropped first."""
+    """True at the n largest along the last dimension; among equals the lower index is dropped
+    first.
+    """
     order = keys.argsort(dim=-1, stable=True)
     dropped = order[..., : max(keys.shape[-1] - n, 0)]
     return torch.ones_like(keys, dtype=torch.bool).scatter(-1, dropped, False)

@@ -1,4 +1,6 @@
-"""ConvMixer (Trockman and Kolter, "Patches Are All You Need?") as PEMN trains it: no biases, GELU before BatchNorm."""
+"""ConvMixer (Trockman and Kolter, "Patches Are All You Need?") as PEMN trains it: no biases, GELU
+before BatchNorm.
+"""
 
 from typing import Any
 
@@ -8,7 +10,8 @@ from .registry import register_model
 
 
 class ConvMixer(nn.Module):
-    """Patch embedding, then ``depth`` blocks of a residual depthwise and a pointwise convolution, then mean and classifier.
+    """Patch embedding, then ``depth`` blocks of a residual depthwise and a pointwise convolution,
+    then mean and classifier.
 
     Args:
         dim: channels.

@@ -1,4 +1,6 @@
-"""What masked and packed layers share: frozen values, geometry, and the way back to a plain torch layer."""
+"""What masked and packed layers share: frozen values, geometry, and the way back to a plain torch
+layer.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +15,9 @@ from ..prototype import Prototype
 
 
 class FrozenLayer(nn.Module):
-    """A layer of frozen values: ``weight`` (a dense parameter without gradient) or ``prototype``; the other is None."""
+    """A layer of frozen values: ``weight`` (a dense parameter without gradient) or ``prototype``;
+    the other is None.
+    """
 
     weight: nn.Parameter | None
     prototype: Prototype | None
@@ -41,6 +45,11 @@ class FrozenLayer(nn.Module):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Constructor arguments, JSON-able."""
         raise NotImplementedError
 
     @property
@@ -76,7 +85,6 @@ class LinearGeometry(FrozenLayer):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able."""
         return {"in_features": self.in_features, "out_features": self.out_features}
 
     @staticmethod
@@ -121,7 +129,7 @@ class Conv2dGeometry(FrozenLayer):
             dilation,  # type: ignore[arg-type]
             groups,
             bias=False,
-            padding_mode=padding_mode,
+            padding_mode=padding_mode,  # type: ignore[arg-type]
             device="meta",
         )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
@@ -132,7 +140,6 @@ class Conv2dGeometry(FrozenLayer):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able."""
         return self.geometry_of(self)
 
     @staticmethod
@@ -164,7 +171,8 @@ class Conv2dGeometry(FrozenLayer):
         )
 
     def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        text += f", stride={self.stride}"
         if self.padding not in ((0, 0), "valid"):
             text += f", padding={self.padding!r}"
         if self.dilation != (1, 1):

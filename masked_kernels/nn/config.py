@@ -11,17 +11,22 @@ VALUES = ("pretrained", "random", "one_layer", "max_layer_padding", "random_padd
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """What the frozen values are, which rule makes the mask, how scores start, and what trains beside them.
+    """What the frozen values are, which rule makes the mask, how scores start, and what trains
+    beside them.
 
     Args:
         rule: TopK, Threshold or NM, for every layer on its own.
-        values: ``pretrained`` keeps each layer's weight; ``random`` draws each kaiming normal (std ``sqrt(2 / fan_in)``);
-            ``one_layer`` draws one weight per distinct shape; ``max_layer_padding`` draws the largest layer and gives every layer
-            its prefix; ``random_padding`` repeats the first ``prototype_period`` values of that draw (PEMN, sections 3.3 and 3.4).
+        values: ``pretrained`` keeps each layer's weight; ``random`` draws each kaiming normal (std
+            ``sqrt(2 / fan_in)``); ``one_layer`` draws one weight per distinct shape;
+            ``max_layer_padding`` draws the largest layer and gives every layer its prefix;
+            ``random_padding`` repeats the first ``prototype_period`` values of that draw (PEMN,
+            sections 3.3 and 3.4).
         ratio: prototype length over the largest layer, in (0, 1]; for ``random_padding`` only.
-        align: let ``random_padding`` pick a period near the exact one that suits the row length of most weights.
+        align: let ``random_padding`` pick a period near the exact one that suits the row length of
+            most weights.
         score_init: ``"kaiming_uniform"`` (a = sqrt(5)) or a number that every score starts at.
-        train_norm: leave the affine parameters of normalisation layers trainable; False freezes them.
+        train_norm: leave the affine parameters of normalisation layers trainable; False freezes
+            them.
         train_bias: leave the biases of masked layers trainable; False freezes them.
     """
 
@@ -44,7 +49,8 @@ class MaskConfig:
                 )
         elif self.ratio is not None or self.align:
             raise ValueError(
-                f"ratio, align: got {self.ratio}, {self.align} with values={self.values!r}, expected them for random_padding only"
+                f"ratio, align: got {self.ratio}, {self.align} with values={self.values!r}, "
+                "expected them for random_padding only"
             )
         if isinstance(self.score_init, str) and self.score_init != "kaiming_uniform":
             raise ValueError(

@@ -22,7 +22,9 @@ FilterFn = Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did: layers converted, as ``{name: description}``, and layers skipped, as ``{name: reason}``."""
+    """What a conversion did: layers converted, as ``{name: description}``, and layers skipped, as
+    ``{name: reason}``.
+    """
 
     converted: dict[str, str]
     skipped: dict[str, str]
@@ -39,8 +41,9 @@ def mask_model_(
 ) -> ConversionReport:
     """Replace every ``nn.Linear`` and ``nn.Conv2d`` inside ``model`` by its masked form, in place.
 
-    Scores and, unless ``config.values`` is ``"pretrained"``, frozen values are drawn anew: a layer's draw depends on ``seed`` and on
-    the layer's position alone, so recipes of one seed share scores and initial weights. Global random state is untouched.
+    Scores and, unless ``config.values`` is ``"pretrained"``, frozen values are drawn anew: a
+    layer's draw depends on ``seed`` and on the layer's position alone, so recipes of one seed share
+    scores and initial weights. Global random state is untouched.
 
     Args:
         model: a module that contains the layers; a bare ``nn.Linear`` cannot be replaced in place.
@@ -53,8 +56,8 @@ def mask_model_(
     values = _make_values(targets, config, seed)
     masked: dict[nn.Module, FrozenLayer] = {}
     for index, (name, plain) in enumerate(targets.items()):
-        layer = masked[plain] = _masked_like(plain, config, values[name])
-        _init_scores(layer, config.score_init, _generator(seed, index, "scores"))
+        generator = _generator(seed, index, "scores")
+        masked[plain] = _masked_like(plain, config, values[name], generator)
     _replace(model, masked)
     if not config.train_norm:
         _freeze_norms(model)
@@ -62,12 +65,16 @@ def mask_model_(
 
 
 def pack_model_(model: nn.Module) -> ConversionReport:
-    """Replace every masked layer by its packed form (bits and values), in place, with the same outputs."""
+    """Replace every masked layer by its packed form (bits and values), in place, with the same
+    outputs.
+    """
     return _convert(model, _MaskedLayer, pack_layer)
 
 
 def materialize_(model: nn.Module) -> ConversionReport:
-    """Replace every masked or packed layer by a plain ``nn.Linear`` or ``nn.Conv2d``, in place, with the same outputs."""
+    """Replace every masked or packed layer by a plain ``nn.Linear`` or ``nn.Conv2d``, in place,
+    with the same outputs.
+    """
     return _convert(model, FrozenLayer, lambda layer: layer.to_plain())
 
 
@@ -88,7 +95,7 @@ def _convert(
 
 def _replace(model: nn.Module, replacements: dict[Any, Any]) -> None:
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():  # named_children() hides a module's second name
             if child in replacements:
                 setattr(parent, name, replacements[child])
 
@@ -165,37 +172,34 @@ def _dominant_row_length(targets: dict[str, nn.Linear | nn.Conv2d]) -> int:
 
 
 def _masked_like(
-    plain: nn.Linear | nn.Conv2d, config: MaskConfig, values: Tensor | Prototype
+    plain: nn.Linear | nn.Conv2d,
+    config: MaskConfig,
+    values: Tensor | Prototype,
+    generator: torch.Generator,
 ) -> FrozenLayer:
     kind, geometry = (
         (MaskedLinear, LinearGeometry)
         if isinstance(plain, nn.Linear)
         else (MaskedConv2d, Conv2dGeometry)
     )
-    weight = plain.weight
-    layer: FrozenLayer = kind(  # type: ignore[operator]
-        **geometry.geometry_of(plain),
-        bias=False,
-        device=weight.device,
-        dtype=weight.dtype,
-        rule=config.rule,
-        weight=values,
+    layer: FrozenLayer = kind(
+        **geometry.geometry_of(plain), bias=False, device="meta", rule=config.rule, weight=values
     )
+    layer.scores = _draw_scores(plain.weight, config.score_init, generator)
     if plain.bias is not None:
-        layer.bias = plain.bias.requires_grad_(config.train_bias)
+        layer.bias = nn.Parameter(plain.bias, requires_grad=config.train_bias)
     layer.train(plain.training)
     return layer
 
 
-def _init_scores(layer: Any, score_init: str | float, generator: torch.Generator) -> None:
-    """Scores are drawn on the CPU in float32, so that a seed means the same on every device."""
-    if isinstance(score_init, str):
-        drawn = torch.empty(layer.weight_shape, dtype=torch.float32)
-        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+def _draw_scores(weight: Tensor, init: str | float, generator: torch.Generator) -> nn.Parameter:
+    """Drawn on the CPU in float32, so that a seed means the same on every device."""
+    if isinstance(init, str):
+        scores = torch.empty(weight.shape, dtype=torch.float32)
+        nn.init.kaiming_uniform_(scores, a=math.sqrt(5), generator=generator)
     else:
-        drawn = torch.full(layer.weight_shape, score_init)
-    with torch.no_grad():
-        layer.scores.copy_(drawn)
+        scores = torch.full(weight.shape, init, dtype=torch.float32)
+    return nn.Parameter(scores.to(weight.device, weight.dtype))
 
 
 def _generator(seed: int, index: int, purpose: str) -> torch.Generator:

@@ -15,7 +15,9 @@ from ._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
 
 
 class _MaskedLayer(FrozenLayer):
-    """The trained half: ``scores`` is a parameter of the weight's shape, ``rule`` turns it into the mask."""
+    """The trained half: ``scores`` is a parameter of the weight's shape, ``rule`` turns it into the
+    mask.
+    """
 
     scores: nn.Parameter
     rule: Rule
@@ -41,7 +43,9 @@ class _MaskedLayer(FrozenLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw scores (kaiming uniform, a = sqrt(5)) and bias (as nn.Linear) afresh; the frozen values stay."""
+        """Draw scores (kaiming uniform, a = sqrt(5)) and bias (as nn.Linear) afresh; the frozen
+        values stay.
+        """
         nn.init.kaiming_uniform_(self.scores, a=math.sqrt(5))
         if self.bias is not None:
             fan_in = max(math.prod(self.weight_shape[1:]), 1)
@@ -66,7 +70,8 @@ class MaskedLinear(_MaskedLayer, LinearGeometry):
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
         rule: turns scores into the mask; None for ``TopK(0.5)``.
-        weight: frozen values ``[out_features, in_features]`` or a Prototype (neither is copied); None draws kaiming normal.
+        weight: frozen values ``[out_features, in_features]`` or a Prototype (neither is copied);
+            None draws kaiming normal.
     """
 
     def __init__(
@@ -94,8 +99,8 @@ class MaskedConv2d(_MaskedLayer, Conv2dGeometry):
     Args:
         in_channels, ..., padding_mode, device, dtype: as in ``nn.Conv2d``.
         rule: turns scores into the mask; None for ``TopK(0.5)``.
-        weight: frozen values ``[out_channels, in_channels / groups, kh, kw]`` or a Prototype (neither is copied); None draws
-            kaiming normal.
+        weight: frozen values ``[out_channels, in_channels / groups, kh, kw]`` or a Prototype
+            (neither is copied); None draws kaiming normal.
     """
 
     def __init__(

@@ -80,7 +80,8 @@ class PackedConv2d(_PackedLayer, Conv2dGeometry):
 
     Args:
         in_channels, ..., padding_mode: as in ``nn.Conv2d``.
-        weight: frozen values ``[out_channels, in_channels / groups, kh, kw]`` or a Prototype; not copied.
+        weight: frozen values ``[out_channels, in_channels / groups, kh, kw]`` or a Prototype; not
+            copied.
         mask: PackedMask of the weight's shape.
         bias: ``[out_channels]`` or None.
         scale: 0-d factor of the masked weight, or None for 1.
@@ -124,11 +125,11 @@ class PackedConv2d(_PackedLayer, Conv2dGeometry):
 
 
 def pack_layer(layer: FrozenLayer) -> PackedLinear | PackedConv2d:
-    """The packed form of a masked layer, with the same outputs; values and bias are shared with it."""
+    """The packed form of a masked layer, same outputs; values and bias are shared with it."""
     kind: Any = PackedLinear if isinstance(layer, LinearGeometry) else PackedConv2d
     with torch.no_grad():
         packed = kind(
-            **layer.geometry,  # type: ignore[attr-defined]
+            **layer.geometry,
             weight=layer.values,
             mask=layer.mask,
             bias=layer.bias,

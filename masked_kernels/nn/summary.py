@@ -11,7 +11,9 @@ from ._layer import Conv2dGeometry, FrozenLayer
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One masked or packed layer. ``mask_bytes`` counts ceil(N / 8); ``dense_bytes`` is the plain layer's float32 weight."""
+    """One masked or packed layer. ``mask_bytes`` counts ceil(N / 8); ``dense_bytes`` is the plain
+    layer's float32 weight.
+    """
 
     name: str
     kind: str
@@ -25,7 +27,9 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """All masked layers of a model. ``value_bytes`` counts each shared prototype or dense weight once, in its own dtype."""
+    """All masked layers of a model. ``value_bytes`` counts each shared prototype or dense weight
+    once, in its own dtype.
+    """
 
     layers: tuple[LayerSummary, ...]
     value_bytes: int
@@ -61,7 +65,7 @@ class Summary:
         ]
         mask_bytes = sum(layer.mask_bytes for layer in self.layers)
         dense_bytes = sum(layer.dense_bytes for layer in self.layers)
-        total = f"masks {mask_bytes:,} B + values {self.value_bytes:,} B; dense float32 {dense_bytes:,} B"
+        total = f"masks {mask_bytes:,} B + values {self.value_bytes:,} B; dense {dense_bytes:,} B"
         return "\n".join([*lines, total])
 
 
@@ -93,14 +97,13 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _chosen_backend(layer: FrozenLayer, words: Tensor, values: Tensor) -> str:
-    """The backend that the layer's forward runs on, as the automatic or requested choice stands now."""
+    """The backend that the layer's forward runs on, as the automatic or requested choice stands
+    now.
+    """
     if isinstance(layer, Conv2dGeometry):
         x = values.new_empty((1, layer.in_channels, *layer.kernel_size))
-        ints = (layer.kernel_size, layer.stride, (0, 0), layer.dilation, layer.groups)
-        return choose("masked_conv2d", AUTO, x, values, words, None, None, *map(_as_list, ints))
+        geometry = (list(layer.kernel_size), list(layer.stride), [0, 0], list(layer.dilation))
+        arguments = (x, values, words, None, None, *geometry, layer.groups)
+        return choose("masked_conv2d", AUTO, *arguments)
     x = values.new_empty((1, layer.weight_shape[1]))
     return choose("masked_linear", AUTO, x, values, words, None, None)
-
-
-def _as_list(value: int | tuple[int, ...]) -> int | list[int]:
-    return value if isinstance(value, int) else list(value)

@@ -1,0 +1,120 @@
+"""Registration: schema, fake kernel and strides of every op, on every backend."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from masked_kernels import _ops
+
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def samples() -> dict[str, list[tuple[object, ...]]]:
+    """Arguments of every op without the backend, some contiguous and some not."""
+    n, k, m = 5, 33, 3
+    mask = torch.rand(n, k) < 0.5
+    words = _ops.pack(mask, "reference")
+    scores, x, grad_y = torch.randn(n, k), torch.randn(m, k), torch.randn(m, n)
+    dense, prototype, bias, scale = (
+        torch.randn(n, k),
+        torch.randn(7),
+        torch.randn(n),
+        torch.tensor(1.5),
+    )
+    image = torch.randn(2, 4, 6, 5)
+    last = image.contiguous(memory_format=torch.channels_last)
+    kernel_mask = torch.rand(6, 2, 3, 3) < 0.5
+    kernel_words = _ops.pack(kernel_mask.view(6, 18), "reference")
+    kernel_scores = torch.randn(6, 2, 3, 3)
+    pointwise_words = _ops.pack(torch.rand(6, 4) < 0.5, "reference")
+    geometry = ([2, 1], [1, 2], [1, 1], 2)
+    point = ([1, 1], [0, 0], [1, 1], 1)
+    grad_image = torch.randn(2, 6, 3, 7)
+    grad_last = grad_image.contiguous(memory_format=torch.channels_last)
+    grad_point = torch.randn(2, 6, 6, 5).contiguous(memory_format=torch.channels_last)
+    return {
+        "pack": [(mask,), (mask.t(),)],
+        "unpack": [(words, k)],
+        "popcount": [(words,)],
+        "transpose": [(words, k)],
+        "select_topk": [(scores, 80, True), (scores.t(), 80, False)],
+        "select_threshold": [(scores, 0.1)],
+        "select_nm": [(scores, 2, 4, True)],
+        "decode": [(dense, words, k), (prototype, words, k)],
+        "masked_linear": [
+            (x, dense, words, bias, scale),
+            (x.t().contiguous().t(), prototype, words, None, None),
+        ],
+        "masked_linear_grad_x": [
+            (grad_y, prototype, words, scale, k),
+            (grad_y, dense, words, None, k),
+        ],
+        "masked_linear_grad_weight": [(grad_y, x, words, None)],
+        "scored_linear_grad_scores": [
+            (grad_y, x, prototype, scores, scale, True),
+            (grad_y, x, dense, scores, None, False),
+        ],
+        "masked_conv2d": [
+            *(
+                (t, prototype, kernel_words, torch.randn(6), scale, [3, 3], *geometry)
+                for t in (image, last)
+            ),
+            *((t, prototype, pointwise_words, None, None, [1, 1], *point) for t in (image, last)),
+        ],
+        "masked_conv2d_grad_x": [
+            *(
+                (t, prototype, kernel_words, None, [2, 4, 6, 5], [3, 3], *geometry)
+                for t in (grad_image, grad_last)
+            ),
+            (grad_point, prototype, pointwise_words, scale, [2, 4, 6, 5], [1, 1], *point),
+        ],
+        "masked_conv2d_grad_weight": [
+            (grad_image, image, kernel_words, scale, [3, 3], *geometry),
+            (grad_last, last, kernel_words, None, [3, 3], *geometry),
+        ],
+        "scored_conv2d_grad_scores": [
+            (grad_image, image, prototype, kernel_scores, scale, True, *geometry),
+            (grad_last, last, prototype, kernel_scores, None, False, *geometry),
+        ],
+    }
+
+
+def test_every_op_has_samples() -> None:
+    assert set(samples()) == {
+        name for name, op in vars(_ops).items() if isinstance(op, torch._ops.OpOverload)
+    }
+
+
+@pytest.mark.parametrize("name", sorted(samples()))
+def test_opcheck(name: str, backend: str) -> None:
+    for arguments in samples()[name]:
+        opcheck(getattr(_ops, name), (*arguments, backend), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("name", sorted(samples()))
+def test_fake_strides(name: str, backend: str) -> None:
+    """The fake result has the strides of the real one, which opcheck compares for size-1 dimensions
+    only loosely.
+    """
+    op = getattr(_ops, name)
+    for arguments in samples()[name]:
+        real = op(*arguments, backend)
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = op(
+                *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments),
+                backend,
+            )
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@pytest.mark.parametrize("name", sorted(samples()))
+def test_results_are_fresh_and_repeatable(name: str, backend: str) -> None:
+    """No op returns or writes its inputs, and twice the same call gives the same bits."""
+    op = getattr(_ops, name)
+    for arguments in samples()[name]:
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        before = [t.clone() for t in tensors]
+        first, second = op(*arguments, backend), op(*arguments, backend)
+        assert torch.equal(first, second)
+        assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+        assert first.data_ptr() not in {t.data_ptr() for t in tensors}

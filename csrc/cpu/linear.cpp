@@ -1,17 +1,22 @@
 // y [M, N] = scale * x [M, K] (w . m)^T + bias, straight from bits and values.
 //
 // A micro-kernel multiplies a group of weight rows with a few tokens and keeps all sums in
-// registers. K is cut into blocks whose part of x stays in the L1 cache while all rows pass by.
+// registers. K is cut into blocks; a block of x is packed once, into the L1 cache, and all rows
+// pass by it.
 #include "row_walk.h"
 #include "row_windows.h"
 #include "target.h"
 
 #include "masked_kernels/kernels.h"
 
+#include <numeric>
+
 namespace masked_kernels {
 namespace {
 
-constexpr int kMaxRows = 8, kMaxTokens = 8;
+constexpr int kMaxRows = 6, kMaxTokens = 6;
+constexpr int64_t kLanes = 16;
+constexpr int64_t kLineBits = 512; // the bits in a cache line
 
 // Part of a group of rows: some columns, from a word boundary on.
 struct Rows {
@@ -19,78 +24,128 @@ struct Rows {
   const uint32_t* words[kMaxRows];
 };
 
-struct Tokens {
-  const float* x;
-  int64_t stride;
+// sums[r * tokens + t] = sum over `count` columns of x[t] * (row r). x is packed in vectors of 16
+// columns [ceil(count / 16), tokens, 16], 0 past the end. `next` are the rows of the call to come.
+using MicroKernel = void (*)(
+    const Rows& rows, const Rows& next, const float* x, int64_t count, float* sums);
+
+struct Variant {
+  int rows; // in a group
+  MicroKernel kernel;
 };
 
-// sums[r * tokens + t] = sum over `count` columns of x[t] * (row r)
-using MicroKernel = void (*)(
-    const Rows& rows, const Rows& next, Tokens tokens, int64_t count, float* sums);
-
-struct MicroKernels {
-  int rows;      // in a group
-  int tokens;    // most tokens at once
-  int64_t cache; // elements of x to keep in the L1 cache
-  MicroKernel by_tokens[kMaxTokens];
+struct Kernels {
+  int tokens; // most at once
+  Variant by_tokens[kMaxTokens];
 };
 
 namespace scalar {
 
 template <int kTokens>
-void micro_kernel(const Rows& rows, const Rows&, Tokens tokens, int64_t count, float* sums) {
-  std::fill_n(sums, kTokens, 0.0f);
-  for (int64_t k = 0; k < count; ++k) {
-    if (!(rows.words[0][k / kWordBits] >> k % kWordBits & 1))
-      continue;
+void micro_kernel(const Rows& rows, const Rows&, const float* x, int64_t count, float* sums) {
+  float acc[kTokens][kLanes] = {};
+  for (int64_t k = 0; k < count; k += kLanes, x += kTokens * kLanes) {
+    const uint32_t bits = rows.words[0][k / kWordBits] >> k % kWordBits;
+    const int64_t lanes = std::min(kLanes, count - k);
+    float w[kLanes] = {};
+    for (int64_t j = 0; j < lanes; ++j)
+      w[j] = bits >> j & 1 ? rows.values[0][k + j] : 0.0f;
     for (int t = 0; t < kTokens; ++t)
-      sums[t] += tokens.x[t * tokens.stride + k] * rows.values[0][k];
+      for (int64_t j = 0; j < kLanes; ++j)
+        acc[t][j] += x[t * kLanes + j] * w[j];
   }
+  for (int t = 0; t < kTokens; ++t)
+    sums[t] = std::accumulate(acc[t], acc[t] + kLanes, 0.0f);
 }
 
-constexpr MicroKernels kKernels = {
-    1, 4, 8192, {micro_kernel<1>, micro_kernel<2>, micro_kernel<3>, micro_kernel<4>}};
+constexpr Kernels kKernels = {
+    4, {{1, micro_kernel<1>}, {1, micro_kernel<2>}, {1, micro_kernel<3>}, {1, micro_kernel<4>}}};
 
 } // namespace scalar
 
 #if MK_X86
 namespace avx2 {
-using scalar::kKernels;
+
+// Lanes from their bits in every lane of `bits`.
+MK_AVX2 MK_INLINE __m256i expand(__m256i bits, __m256i lane_bit) {
+  return _mm256_cmpeq_epi32(_mm256_and_si256(bits, lane_bit), lane_bit);
 }
 
-namespace avx512 {
+template <int kRows, int kTokens>
+MK_AVX2 void micro_kernel(
+    const Rows& rows, const Rows&, const float* x, int64_t count, float* sums) {
+  __m256 acc[kRows][kTokens];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+      acc[r][t] = _mm256_setzero_ps();
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kLineBits = 512; // the bits of a cache line
+  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i high = _mm256_slli_epi32(low, 8);
+  for (int64_t k = 0; k < count; k += kLanes, x += kTokens * kLanes) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      // Past the end all bits are 0, and a masked load reads nothing there.
+      const uint32_t word = rows.words[r][k / kWordBits] >> k % kWordBits & low_bits(count - k);
+      const __m256i bits = _mm256_set1_epi32(static_cast<int>(word));
+      const float* values = rows.values[r] + k;
+      const __m256 w_low = _mm256_maskload_ps(values, expand(bits, low));
+      const __m256 w_high = _mm256_maskload_ps(values + kLanes / 2, expand(bits, high));
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        const float* xt = x + t * kLanes;
+        acc[r][t] = _mm256_fmadd_ps(w_low, _mm256_loadu_ps(xt), acc[r][t]);
+        acc[r][t] = _mm256_fmadd_ps(w_high, _mm256_loadu_ps(xt + kLanes / 2), acc[r][t]);
+      }
+    }
+  }
+
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTokens; ++t) {
+      float lanes[kLanes / 2];
+      _mm256_storeu_ps(lanes, acc[r][t]);
+      sums[r * kTokens + t] = std::accumulate(lanes, lanes + kLanes / 2, 0.0f);
+    }
+  }
+}
+
+constexpr Kernels kKernels = {4, {{4, micro_kernel<4, 1>}, {4, micro_kernel<4, 2>},
+                                     {4, micro_kernel<4, 3>}, {3, micro_kernel<3, 4>}}};
+
+} // namespace avx2
+
+namespace avx512 {
 
 template <int kRows, int kTokens>
 struct Sums {
   __m512 at[kRows][kTokens];
 };
 
-// Adds 16 columns; `lanes` excludes those past the end. Values whose bit is 0 take no part, not
-// even as a product with zero.
+// Adds 16 columns, less those past the end. A value whose bit is 0 takes no part, not even as a
+// product with zero.
 template <int kRows, int kTokens>
 MK_AVX512 MK_INLINE void add_columns(
-    const Rows& rows, Tokens tokens, int64_t k, __mmask16 lanes, Sums<kRows, kTokens>& sums) {
-  __m512 x[kTokens];
+    const Rows& rows, const float* x, int64_t vector, __mmask16 lanes, Sums<kRows, kTokens>& sums) {
+  __m512 xs[kTokens];
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t)
-    x[t] = _mm512_maskz_loadu_ps(lanes, tokens.x + t * tokens.stride + k);
+    xs[t] = _mm512_load_ps(x + (vector * kTokens + t) * kLanes);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const auto* bits = reinterpret_cast<const __mmask16*>(rows.words[r]) + k / kLanes;
+    const auto* bits = reinterpret_cast<const __mmask16*>(rows.words[r]) + vector;
     const __mmask16 set = _load_mask16(const_cast<__mmask16*>(bits)) & lanes;
-    const __m512 w = _mm512_maskz_loadu_ps(lanes, rows.values[r] + k);
+    __m512 w = _mm512_maskz_loadu_ps(lanes, rows.values[r] + vector * kLanes);
+    asm("" : "+v"(w)); // one load for all tokens: most cross a cache line
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t)
-      sums.at[r][t] = _mm512_mask3_fmadd_ps(w, x[t], sums.at[r][t], set);
+      sums.at[r][t] = _mm512_mask3_fmadd_ps(w, xs[t], sums.at[r][t], set);
   }
 }
 
 template <int kRows, int kTokens>
 MK_AVX512 void micro_kernel(
-    const Rows& rows, const Rows& next, Tokens tokens, int64_t count, float* sums) {
+    const Rows& rows, const Rows& next, const float* x, int64_t count, float* sums) {
   Sums<kRows, kTokens> acc;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -98,17 +153,19 @@ MK_AVX512 void micro_kernel(
     for (int t = 0; t < kTokens; ++t)
       acc.at[r][t] = _mm512_setzero_ps();
 
-  int64_t k = 0;
-  for (const int64_t whole = count / kLanes * kLanes; k < whole;) {
-    // The walk leaps over rows, which no hardware prefetcher foresees.
+  const int64_t whole = count / kLanes;
+  for (int64_t vector = 0; vector < whole;) {
+    // A walk leaps over rows, which no hardware prefetcher foresees.
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-      _mm_prefetch(reinterpret_cast<const char*>(next.words[r]) + k / 8, _MM_HINT_T0);
-    for (const int64_t line_end = std::min(k + kLineBits, whole); k < line_end; k += kLanes)
-      add_columns(rows, tokens, k, 0xffff, acc);
+      _mm_prefetch(
+          reinterpret_cast<const char*>(next.words[r]) + vector * (kLanes / 8), _MM_HINT_T0);
+    for (const int64_t line_end = std::min(vector + kLineBits / kLanes, whole); vector < line_end;
+        ++vector)
+      add_columns(rows, x, vector, 0xffff, acc);
   }
-  if (k < count)
-    add_columns(rows, tokens, k, static_cast<__mmask16>(low_bits(count - k)), acc);
+  if (const int64_t rest = count % kLanes)
+    add_columns(rows, x, whole, static_cast<__mmask16>(low_bits(rest)), acc);
 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -117,27 +174,26 @@ MK_AVX512 void micro_kernel(
       sums[r * kTokens + t] = _mm512_reduce_add_ps(acc.at[r][t]);
 }
 
-constexpr int kRows = 4;
-constexpr MicroKernels kKernels = {kRows, 6, 6144,
-    {micro_kernel<kRows, 1>, micro_kernel<kRows, 2>, micro_kernel<kRows, 3>, micro_kernel<kRows, 4>,
-        micro_kernel<kRows, 5>, micro_kernel<kRows, 6>}};
-
+constexpr Kernels kKernels = {
+    6, {{5, micro_kernel<5, 1>}, {5, micro_kernel<5, 2>}, {5, micro_kernel<5, 3>},
+           {5, micro_kernel<5, 4>}, {4, micro_kernel<4, 5>}, {4, micro_kernel<4, 6>}}};
 } // namespace avx512
 #endif
 
-// Up to kernels.rows rows of a walk. A shorter group repeats its last row and ignores those sums.
+// Up to `size` rows of a walk. A shorter group repeats its last row; those sums are not used.
 struct Group {
   Rows rows;
   int64_t row[kMaxRows];
   int count = 0;
 };
 
-Group next_group(RowWalk& walk, int size, const RowWindows<float>& windows, const MaskedLinear& p) {
+Group next_group(
+    RowWalk& walk, int size, const RowWindows<float>& windows, const MaskedLinear& p, int64_t col) {
   Group group;
   for (; group.count < size && !walk.done(); walk.advance(), ++group.count) {
     group.row[group.count] = walk.row();
-    group.rows.values[group.count] = windows.at(walk.start());
-    group.rows.words[group.count] = p.words + walk.row() * words_per_row(p.cols);
+    group.rows.values[group.count] = windows.at(walk.start()) + col;
+    group.rows.words[group.count] = p.words + walk.row() * words_per_row(p.cols) + col / kWordBits;
   }
   for (int i = group.count; i > 0 && i < size; ++i) {
     group.rows.values[i] = group.rows.values[i - 1];
@@ -146,38 +202,45 @@ Group next_group(RowWalk& walk, int size, const RowWindows<float>& windows, cons
   return group;
 }
 
-Rows from_column(Rows rows, int size, int64_t col) {
-  for (int r = 0; r < size; ++r) {
-    rows.values[r] += col;
-    rows.words[r] += col / kWordBits;
+void pack_tokens(const float* x, int64_t stride, int64_t tokens, int64_t count, float* packed) {
+  for (int64_t k = 0; k < count; k += kLanes) {
+    const int64_t lanes = std::min(kLanes, count - k);
+    for (int64_t t = 0; t < tokens; ++t, packed += kLanes) {
+      std::copy_n(x + t * stride + k, lanes, packed);
+      std::fill(packed + lanes, packed + kLanes, 0.0f);
+    }
   }
-  return rows;
 }
 
 struct Tile {
   int64_t row_begin, row_end, token_begin, token_end;
 };
 
-void multiply_tile(const MaskedLinear& p, const RowWindows<float>& windows,
-    const MicroKernels& kernels, const Tile& tile) {
+void multiply_tile(const MaskedLinear& p, const RowWindows<float>& windows, const Kernels& kernels,
+    const Tile& tile) {
+  constexpr int64_t kCached = 12288; // elements of x to keep in the L1 cache
+  struct alignas(64) Vector {
+    float lane[kLanes];
+  };
+  std::vector<Vector> packed(kCached / kLanes);
+  float* x = packed.front().lane;
+
   const int64_t tokens = tile.token_end - tile.token_begin;
   const int64_t token_blocks = ceil_div(tokens, kernels.tokens);
-  const int64_t widest = ceil_div(tokens, token_blocks);
-  const int64_t block = std::max<int64_t>(kernels.cache / widest / 512 * 512, 512);
+  const int64_t block = kCached / ceil_div(tokens, token_blocks) / kLineBits * kLineBits;
   for (int64_t col = 0; col < p.cols; col += block) {
     const int64_t cols = std::min(block, p.cols - col);
     for (int64_t i = 0; i < token_blocks; ++i) {
       const int64_t token = tile.token_begin + tokens * i / token_blocks;
       const int64_t width = tile.token_begin + tokens * (i + 1) / token_blocks - token;
-      const MicroKernel kernel = kernels.by_tokens[width - 1];
+      pack_tokens(p.x + token * p.cols + col, p.cols, width, cols, x);
+      const Variant& variant = kernels.by_tokens[width - 1];
       RowWalk walk(tile.row_begin, tile.row_end, p.cols, p.period);
-      Group group = next_group(walk, kernels.rows, windows, p);
+      Group group = next_group(walk, variant.rows, windows, p, col);
       while (group.count > 0) {
-        const Group next = next_group(walk, kernels.rows, windows, p);
+        const Group next = next_group(walk, variant.rows, windows, p, col);
         float sums[kMaxRows * kMaxTokens];
-        kernel(from_column(group.rows, kernels.rows, col),
-            from_column(next.count ? next.rows : group.rows, kernels.rows, col),
-            {p.x + token * p.cols + col, p.cols}, cols, sums);
+        variant.kernel(group.rows, next.count ? next.rows : group.rows, x, cols, sums);
         for (int r = 0; r < group.count; ++r) {
           const int64_t row = group.row[r];
           for (int64_t t = 0; t < width; ++t) {
@@ -202,18 +265,15 @@ void masked_linear(const MaskedLinear& p, const Exec& exec) {
   if (p.tokens == 0 || p.rows == 0)
     return;
   const RowWindows<float> windows(p.values, p.period, p.rows, p.cols);
-  const MicroKernels& kernels = MK_BY_ISA(exec.isa, kKernels);
+  const Kernels& kernels = MK_BY_ISA(exec.isa, kKernels);
 
   // Threads share rows, or tokens when there are too few rows.
   constexpr int64_t kGrain = 1 << 17; // products worth waking a thread for
-  const int64_t groups = ceil_div(p.rows, kernels.rows);
-  const bool by_rows = groups >= 4 * exec.parallel.threads() || groups >= p.tokens;
-  const int64_t units = by_rows ? groups : p.tokens;
-  const int64_t grain = ceil_div(kGrain * units, p.tokens * p.rows * p.cols);
-  exec.parallel.run(0, units, grain, [&](int64_t begin, int64_t end) {
-    const Tile tile =
-        by_rows ? Tile{begin * kernels.rows, std::min(end * kernels.rows, p.rows), 0, p.tokens}
-                : Tile{0, p.rows, begin, end};
+  const bool by_rows = p.rows >= 16 * exec.parallel.threads() || p.rows >= p.tokens;
+  const int64_t units = by_rows ? p.rows : p.tokens;
+  const int64_t unit = by_rows ? p.tokens * p.cols : p.rows * p.cols;
+  exec.parallel.run(0, units, ceil_div(kGrain, unit), [&](int64_t begin, int64_t end) {
+    const Tile tile = by_rows ? Tile{begin, end, 0, p.tokens} : Tile{0, p.rows, begin, end};
     multiply_tile(p, windows, kernels, tile);
   });
 }

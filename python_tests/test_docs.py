@@ -1,0 +1,57 @@
+"""Every Python block of the README and docs runs, and prints what the text block after it says."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], key=lambda p: str(p.relative_to(ROOT))
+)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of every fenced block."""
+    return FENCE.findall(page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one page share their names, as a reader who types them in would have it."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    fenced = blocks(page)
+    for (language, code), (next_language, text) in zip(
+        fenced, [*fenced[1:], ("", "")], strict=True
+    ):
+        if language != "python":
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, str(page), "exec"), namespace)
+        if next_language == "text":
+            assert printed.getvalue() == text
+
+
+def test_pages_are_found() -> None:
+    names = {page.name for page in PAGES}
+    assert {"README.md", "math.md", "format.md", "backends.md", "architecture.md"} <= names
+    assert sum(language == "python" for page in PAGES for language, _ in blocks(page)) >= 4
+
+
+def test_links_lead_somewhere() -> None:
+    broken = [
+        f"{page.name}: {target}"
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+        if not (page.parent / target).exists()
+    ]
+    assert broken == []
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200

@@ -11,7 +11,6 @@ anyone would run them.
 
 import argparse
 import json
-import math
 import shlex
 import shutil
 import statistics
@@ -115,12 +114,13 @@ def gather(
     dense, dense_records = read_run(folder / "dense")
     masked, masked_records = read_run(folder / "masked")
     summary = mk.summary(model)
-    weights = sum(layer.dense_bytes for layer in summary.layers) // 4
-    period = mk.prototype_period(
-        max(math.prod(layer.shape) for layer in summary.layers), masked["recipe"]["ratio"]
-    )
-    paper_bytes = weights // 8 + 4 * period
-    file_bytes = masked["sizes"]["file_bytes"]
+    sizes = masked["sizes"]
+    parts = {
+        "mask, one bit a weight": sizes["mask_bytes"],
+        "prototype": sizes["value_bytes"],
+        "batch norm": sizes["other_bytes"],
+        "names, shapes, checksum": sizes["header_bytes"],
+    }
     pictures = digits(
         data.test.images[:, 0].numpy(),
         [data.classes[label] for label in data.test.labels],
@@ -142,17 +142,12 @@ def gather(
         "masked": outcome(masked),
         "packed": {
             "accuracy": float((packed.argmax(1) == labels).mean()),
-            "file_bytes": file_bytes,
+            "file_bytes": sizes["file_bytes"],
         },
-        "weights": weights,
-        "period": period,
-        "paper_bytes": paper_bytes,
-        "paper_saving": 1 - paper_bytes / (4 * weights),
-        "bars": [
-            {"name": "dense, fp32", "bytes": dense["sizes"]["file_bytes"], "color": "dense"},
-            {"name": "packed, the file", "bytes": file_bytes, "color": "masked"},
-            {"name": "packed, as the paper counts", "bytes": paper_bytes, "color": "masked"},
-        ],
+        "weights": sizes["weights"],
+        "period": sizes["values"],
+        "paper_ratio": sizes["paper_ratio"],
+        "parts": parts,
         "test_images": len(packed),
         "agreeing": int((packed.argmax(1) == trained.argmax(1)).sum()),
         "same": bool((packed.argmax(1) == trained.argmax(1)).all()),

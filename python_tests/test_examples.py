@@ -22,7 +22,7 @@ import masked_kernels as mk
 from masked_kernels.training.checkpoint import load_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
-TINY = ("--model-args", "dim=16", "depth=1", "--batch-size", "32", "--quiet")
+TINY = ("--model-args", "dim=16", "depth=1", "--batch-size", "32", "--threads", "1", "--quiet")
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def _threads():
 def start(out: Path) -> subprocess.Popen:
     """Start a run of 12 short epochs in a process of its own."""
     command = [sys.executable, str(REPOSITORY / "examples/train.py"), *TINY, "--resume"]
-    command += ["--limit-train", "320", "--epochs", "12", "--threads", "1", "--out", str(out)]
+    command += ["--limit-train", "320", "--epochs", "12", "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
@@ -195,8 +195,8 @@ def test_demo_writes_one_self_contained_page(
     mains = {"train.py": train.main, "predict.py": predict.main}
 
     def in_this_process(script: str, *arguments: str | Path) -> None:
-        quiet = ["--quiet"] if script == "train.py" else []
-        assert mains[script]([*map(str, arguments), *quiet]) == 0
+        more = ["--quiet", "--threads", "1"] if script == "train.py" else []
+        assert mains[script]([*map(str, arguments), *more]) == 0
 
     monkeypatch.setattr(demo, "example", in_this_process)
     monkeypatch.setattr(

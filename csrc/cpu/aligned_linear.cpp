@@ -1,0 +1,262 @@
+// y [M, N] = scale * x [M, K] (w . m)^T + bias for a prototype aligned with the rows: every row
+// reads one of few value vectors v_0 .. v_{c-1}, row o reading v_{o % c}.
+//
+// Then the weight need not be multiplied at all: scale x by v_p, and each product is a sum of those
+// x whose bit is set. Four columns have 16 such sums. A table of them fills one vector register,
+// and one permutation looks up four columns of 16 rows at once, 64 products that a fused
+// multiply-add would need four instructions for. The sums are those of float32, nothing is rounded
+// that a dot product would not round.
+#include "target.h"
+
+#include "masked_kernels/kernels.h"
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+namespace masked_kernels {
+namespace {
+
+constexpr int kMaxBlocks = 8, kMaxTokens = 6;
+constexpr int64_t kLanes = AlignedRows::kBlock; // also the sums in a table
+constexpr int64_t kTableColumns = 4; // columns of a table
+constexpr int64_t kWordTables = kWordBits / kTableColumns;
+constexpr int64_t kCachedWords = 12; // of columns whose tables for kMaxTokens fit the L1 cache
+
+// sums [blocks, tokens, 16] += the looked-up tables [words * 8, tokens, 16] of `words` words of
+// columns. A block's tile is [words, 16]; that of the next block lies `tile_stride` words on.
+using MicroKernel = void (*)(
+    const uint32_t* tiles, int64_t tile_stride, int64_t words, const float* tables, float* sums);
+
+struct Variant {
+  int blocks; // at once
+  MicroKernel kernel;
+  MicroKernel single; // for the blocks that remain
+};
+
+// tables [columns / 4, tokens, 16] from x [tokens, columns], columns a multiple of 32
+using BuildTables = void (*)(const float* x, int64_t tokens, int64_t columns, float* tables);
+
+struct Kernels {
+  BuildTables build_tables;
+  Variant by_tokens[kMaxTokens];
+};
+
+namespace scalar {
+
+template <int kTokens>
+void micro_kernel(const uint32_t* tile, int64_t, int64_t words, const float* tables, float* sums) {
+  float acc[kTokens * kLanes] = {};
+  for (int64_t table = 0; table < words * kWordTables; ++table, tables += kTokens * kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const uint32_t word = tile[table / kWordTables * kLanes + lane];
+      const uint32_t index = word >> table % kWordTables * kTableColumns & 15;
+      for (int t = 0; t < kTokens; ++t)
+        acc[t * kLanes + lane] += tables[t * kLanes + index];
+    }
+  for (int64_t i = 0; i < kTokens * kLanes; ++i)
+    sums[i] += acc[i];
+}
+
+void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables) {
+  for (int64_t k = 0; k < columns; k += kTableColumns)
+    for (int64_t t = 0; t < tokens; ++t, tables += kLanes)
+      for (int64_t subset = 0; subset < kLanes; ++subset) {
+        tables[subset] = 0.0f;
+        for (int64_t j = 0; j < kTableColumns; ++j)
+          tables[subset] += subset >> j & 1 ? x[t * columns + k + j] : 0.0f;
+      }
+}
+
+template <int kTokens>
+constexpr Variant variant() {
+  return {1, micro_kernel<kTokens>, micro_kernel<kTokens>};
+}
+
+constexpr Kernels kKernels = {build_tables,
+    {variant<1>(), variant<2>(), variant<3>(), variant<4>(), variant<5>(), variant<6>()}};
+
+} // namespace scalar
+
+#if MK_X86
+// Eight lanes hold half a table: two permutations and a blend lose to the multiply-adds of
+// masked_linear, so there is no kernel of its own.
+namespace avx2 {
+using scalar::kKernels;
+}
+
+namespace avx512 {
+
+template <int kBlocks, int kTokens>
+MK_AVX512 void micro_kernel(
+    const uint32_t* tiles, int64_t tile_stride, int64_t words, const float* tables, float* sums) {
+  __m512 acc[kBlocks][kTokens];
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+      acc[b][t] = _mm512_setzero_ps();
+
+  for (int64_t word = 0; word < words; ++word) {
+    __m512i index[kBlocks];
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b)
+      index[b] = _mm512_loadu_si512(tiles + b * tile_stride + word * kLanes);
+#pragma GCC unroll 8
+    for (int64_t table = 0; table < kWordTables; ++table, tables += kTokens * kLanes) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512 sum_of = _mm512_load_ps(tables + t * kLanes);
+#pragma GCC unroll 8
+        for (int b = 0; b < kBlocks; ++b) // the permutation reads 4 bits of each lane
+          acc[b][t] = _mm512_add_ps(acc[b][t], _mm512_permutexvar_ps(index[b], sum_of));
+      }
+#pragma GCC unroll 8
+      for (int b = 0; b < kBlocks; ++b)
+        index[b] = _mm512_srli_epi32(index[b], kTableColumns);
+    }
+  }
+
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      // Only now to the total: a sum of short sums rounds less than one long sum.
+      float* total = sums + (b * kTokens + t) * kLanes;
+      _mm512_store_ps(total, _mm512_add_ps(acc[b][t], _mm512_load_ps(total)));
+    }
+}
+
+MK_AVX512 void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables) {
+  for (int64_t k = 0; k < columns; k += kTableColumns)
+    for (int64_t t = 0; t < tokens; ++t, tables += kLanes) {
+      const float* four = x + t * columns + k;
+      __m512 sums = _mm512_maskz_mov_ps(0xaaaa, _mm512_set1_ps(four[0])); // subsets with column 0
+      sums = _mm512_mask_add_ps(sums, 0xcccc, sums, _mm512_set1_ps(four[1]));
+      sums = _mm512_mask_add_ps(sums, 0xf0f0, sums, _mm512_set1_ps(four[2]));
+      sums = _mm512_mask_add_ps(sums, 0xff00, sums, _mm512_set1_ps(four[3]));
+      _mm512_store_ps(tables, sums);
+    }
+}
+
+template <int kBlocks, int kTokens>
+constexpr Variant variant() {
+  return {kBlocks, micro_kernel<kBlocks, kTokens>, micro_kernel<1, kTokens>};
+}
+
+constexpr Kernels kKernels = {build_tables, {variant<8, 1>(), variant<8, 2>(), variant<6, 3>(),
+                                                variant<6, 4>(), variant<4, 5>(), variant<4, 6>()}};
+
+} // namespace avx512
+#endif
+
+struct alignas(64) Vector {
+  float lane[kLanes];
+};
+
+// Blocks [begin, end) of one pattern, for some tokens.
+struct Tile {
+  int64_t pattern, block_begin, block_end, token_begin, token_end;
+};
+
+// scaled [tokens, columns] = x . v_p for columns from `col` on, 0 past the end
+void scale_tokens(const AlignedLinear& p, const float* values, int64_t token, int64_t tokens,
+    int64_t col, int64_t columns, float* scaled) {
+  const int64_t count = std::min(columns, p.cols - col);
+  for (int64_t t = 0; t < tokens; ++t, scaled += columns) {
+    const float* x = p.x + (token + t) * p.cols + col;
+    for (int64_t k = 0; k < count; ++k)
+      scaled[k] = x[k] * values[col + k];
+    std::fill(scaled + count, scaled + columns, 0.0f);
+  }
+}
+
+void store(const AlignedLinear& p, const AlignedRows& rows, const Tile& tile, int64_t token,
+    int64_t tokens, const Vector* sums) {
+  for (int64_t block = tile.block_begin; block < tile.block_end; ++block)
+    for (int64_t t = 0; t < tokens; ++t, ++sums)
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t row = rows.row(tile.pattern, block * kLanes + lane);
+        if (row < p.rows)
+          p.y[(token + t) * p.rows + row] =
+              p.scale * sums->lane[lane] + (p.bias ? p.bias[row] : 0.0f);
+      }
+}
+
+void multiply_tile(const AlignedLinear& p, const AlignedRows& rows, const float* values,
+    const Kernels& kernels, const Tile& tile) {
+  const int64_t words = words_per_row(p.cols), blocks = tile.block_end - tile.block_begin;
+  const uint32_t* tiles = p.tiles +
+      (rows.first_block(tile.pattern) + tile.block_begin) * words * kLanes;
+  std::vector<float> scaled(kMaxTokens * kCachedWords * kWordBits);
+  std::vector<Vector> tables(kMaxTokens * kCachedWords * kWordTables);
+  std::vector<Vector> sums(blocks * kMaxTokens);
+
+  const int64_t all = tile.token_end - tile.token_begin, groups = ceil_div(all, kMaxTokens);
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t token = tile.token_begin + all * i / groups;
+    const int64_t tokens = tile.token_begin + all * (i + 1) / groups - token;
+    const Variant& variant = kernels.by_tokens[tokens - 1];
+    std::fill(sums.begin(), sums.begin() + blocks * tokens, Vector{});
+    const int64_t step = kCachedWords * kMaxTokens / tokens;
+    for (int64_t word = 0; word < words; word += step) {
+      const int64_t count = std::min(step, words - word), columns = count * kWordBits;
+      scale_tokens(p, values, token, tokens, word * kWordBits, columns, scaled.data());
+      kernels.build_tables(scaled.data(), tokens, columns, tables.front().lane);
+      for (int64_t block = 0; block < blocks;) {
+        const bool full = block + variant.blocks <= blocks;
+        (full ? variant.kernel : variant.single)(tiles + (block * words + word) * kLanes,
+            words * kLanes, count, tables.front().lane, sums[block * tokens].lane);
+        block += full ? variant.blocks : 1;
+      }
+    }
+    store(p, rows, tile, token, tokens, sums.data());
+  }
+}
+
+} // namespace
+
+void aligned_tiles(
+    const uint32_t* words, Shape shape, int64_t patterns, uint32_t* tiles, const Exec& exec) {
+  const AlignedRows rows(shape.rows, patterns);
+  const int64_t row_words = words_per_row(shape.cols);
+  constexpr int64_t kGrain = 1 << 12; // words worth waking a thread for
+  for (int64_t p = 0; p < patterns; ++p)
+    exec.parallel.run(0, rows.blocks(p), ceil_div(kGrain, kLanes * std::max<int64_t>(row_words, 1)),
+        [&](int64_t begin, int64_t end) {
+          for (int64_t block = begin; block < end; ++block) {
+            uint32_t* tile = tiles + (rows.first_block(p) + block) * row_words * kLanes;
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+              const int64_t row = rows.row(p, block * kLanes + lane);
+              for (int64_t w = 0; w < row_words; ++w)
+                tile[w * kLanes + lane] = row < shape.rows ? words[row * row_words + w] : 0;
+            }
+          }
+        });
+}
+
+void aligned_linear(const AlignedLinear& p, const Exec& exec) {
+  const Kernels& kernels = MK_BY_ISA(exec.isa, kKernels);
+  const AlignedRows rows(p.rows, p.patterns);
+  std::vector<float> first_row(p.period < p.cols ? p.cols : 0); // a short prototype, repeated
+  for (int64_t k = 0; k < static_cast<int64_t>(first_row.size()); ++k)
+    first_row[k] = p.values[k % p.period];
+
+  // Threads share tokens, each building its own tables, or blocks when there are few tokens.
+  constexpr int64_t kGrain = 1 << 18; // products worth waking a thread for
+  const bool by_tokens = p.tokens >= 2 * kMaxTokens * exec.parallel.threads();
+  for (int64_t pattern = 0; pattern < p.patterns; ++pattern) {
+    const float* values = first_row.empty() ? p.values + pattern * p.cols : first_row.data();
+    const int64_t blocks = rows.blocks(pattern);
+    const int64_t units = by_tokens ? p.tokens : p.tokens > 0 ? blocks : 0;
+    const int64_t unit = p.cols * kLanes * (by_tokens ? blocks : p.tokens);
+    exec.parallel.run(0, units, ceil_div(kGrain, std::max<int64_t>(unit, 1)),
+        [&](int64_t begin, int64_t end) {
+          const Tile tile = by_tokens ? Tile{pattern, 0, blocks, begin, end}
+                                      : Tile{pattern, begin, end, 0, p.tokens};
+          multiply_tile(p, rows, values, kernels, tile);
+        });
+  }
+}
+
+} // namespace masked_kernels

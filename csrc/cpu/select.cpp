@@ -1,4 +1,5 @@
-// Scores to packed masks: exact top-k by radix select, a threshold, n of m.
+// Scores to packed masks: exact top-k by counting keys in ever narrower ranges, a threshold, n of
+// m.
 //
 // Scores are compared as keys: 32-bit unsigned integers in the same order, equal where the scores
 // are. |score| is the float's bits without the sign; a signed score flips its bits so that negative
@@ -52,35 +53,42 @@ int64_t first_nan(const float* scores, int64_t count, const Parallel& parallel) 
   return first < count ? first.load() : -1;
 }
 
-// A radix pass counts one digit of the keys whose higher bits equal those of `prefix`.
-struct Digit {
-  int shift, bits;
-
-  uint32_t of(uint32_t key) const { return key >> shift & ((1u << bits) - 1); }
-};
-constexpr Digit kDigits[] = {{21, 11}, {10, 11}, {0, 10}};
+// A pass over the scores counts the keys below a range and, bin by bin, those inside: bin b holds
+// the keys lo + (b << shift) to lo + ((b + 1) << shift) - 1. Ranges do not reach past the largest
+// key.
 constexpr int64_t kBins = 1 << 11;
-using Histogram = std::array<int64_t, kBins>;
 
-// The first pass counts every key. Neighbours go to different copies of the histogram, so that runs
-// of one bin do not wait for their own stores.
-constexpr int kCopies = 4;
-using Histograms = std::array<Histogram, kCopies>;
+struct Range {
+  uint32_t lo;
+  int shift;
 
-template <bool kAbsolute>
-MK_INLINE void count_first_body(const float* scores, int64_t count, Histograms& bins) {
-  for (int64_t i = 0; i < count; ++i)
-    ++bins[i % kCopies][kDigits[0].of(key_of<kAbsolute>(scores[i]))];
+  uint32_t bin(uint32_t key) const { return (key - lo) >> shift; } // >= kBins outside
+};
+constexpr Range kWhole = {0, 21};
+
+// The narrowest range that starts at `lo` and holds `hi`, moved down where it would reach too far.
+Range range_of(uint32_t lo, uint32_t hi) {
+  int shift = 0;
+  while ((hi - lo) >> shift >= kBins)
+    ++shift;
+  const uint64_t last = (uint64_t{1} << 32) - (uint64_t{kBins} << shift);
+  return {static_cast<uint32_t>(std::min<uint64_t>(lo, last)), shift};
 }
 
+struct Count {
+  int64_t below = 0;
+  bool nan = false;
+  std::array<int64_t, kBins> bins = {};
+};
+
 template <bool kAbsolute>
-MK_INLINE void count_next_body(
-    const float* scores, int64_t count, Digit digit, uint32_t prefix, Histogram& bins) {
-  const int above = digit.shift + digit.bits;
+MK_INLINE void count_keys_body(const float* scores, int64_t count, Range range, Count& total) {
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t key = key_of<kAbsolute>(scores[i]);
-    if (key >> above == prefix >> above)
-      ++bins[digit.of(key)];
+    total.below += key < range.lo;
+    total.nan |= scores[i] != scores[i];
+    if (const uint32_t bin = range.bin(key); bin < kBins)
+      ++total.bins[bin];
   }
 }
 
@@ -158,12 +166,8 @@ void nm_groups(
 namespace scalar {
 
 template <bool kAbsolute>
-void count_first(const float* scores, int64_t count, Histograms& bins) {
-  count_first_body<kAbsolute>(scores, count, bins);
-}
-template <bool kAbsolute>
-void count_next(const float* scores, int64_t count, Digit digit, uint32_t prefix, Histogram& bins) {
-  count_next_body<kAbsolute>(scores, count, digit, prefix, bins);
+void count_keys(const float* scores, int64_t count, Range range, Count& total) {
+  count_keys_body<kAbsolute>(scores, count, range, total);
 }
 template <bool kAbsolute>
 void cut_span(const float* scores, int64_t count, uint32_t cut, int64_t& ties, uint32_t* words) {
@@ -184,13 +188,8 @@ void nm_span(const float* scores, int64_t count, int64_t n, int64_t m, uint32_t*
 namespace avx2 {
 
 template <bool kAbsolute>
-MK_AVX2 void count_first(const float* scores, int64_t count, Histograms& bins) {
-  count_first_body<kAbsolute>(scores, count, bins);
-}
-template <bool kAbsolute>
-MK_AVX2 void count_next(
-    const float* scores, int64_t count, Digit digit, uint32_t prefix, Histogram& bins) {
-  count_next_body<kAbsolute>(scores, count, digit, prefix, bins);
+MK_AVX2 void count_keys(const float* scores, int64_t count, Range range, Count& total) {
+  count_keys_body<kAbsolute>(scores, count, range, total);
 }
 template <bool kAbsolute>
 MK_AVX2 void cut_span(
@@ -217,44 +216,34 @@ MK_AVX512 MK_INLINE __m512i keys_of(__m512i bits) {
   return _mm512_xor_si512(bits, _mm512_or_si512(_mm512_srai_epi32(bits, 31), sign));
 }
 
-// The first 16 digits are taken in vectors; counting them is scalar work.
+// The keys inside, few of all after a good guess, are squeezed into a small buffer without branches
+// and counted when it is full.
 template <bool kAbsolute>
-MK_AVX512 void count_first(const float* scores, int64_t count, Histograms& bins) {
-  alignas(64) uint32_t digits[kLanes];
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const __m512i keys = keys_of<kAbsolute>(_mm512_loadu_si512(scores + i));
-    _mm512_store_si512(digits, _mm512_srli_epi32(keys, kDigits[0].shift));
-#pragma GCC unroll 16
-    for (int64_t j = 0; j < kLanes; ++j)
-      ++bins[j % kCopies][digits[j]];
-  }
-  count_first_body<kAbsolute>(scores + i, count - i, bins);
-}
-
-// Few keys share the prefix. They are squeezed into a small buffer without branches and counted
-// when it is full.
-template <bool kAbsolute>
-MK_AVX512 void count_next(
-    const float* scores, int64_t count, Digit digit, uint32_t prefix, Histogram& bins) {
+MK_AVX512 void count_keys(const float* scores, int64_t count, Range range, Count& total) {
   constexpr int64_t kBuffer = 1024;
-  uint32_t matches[kBuffer + kLanes];
+  uint32_t inside[kBuffer + kLanes];
   int64_t filled = 0;
-  const __m128i above = _mm_cvtsi32_si128(digit.shift + digit.bits);
-  const __m512i wanted = _mm512_srl_epi32(_mm512_set1_epi32(static_cast<int>(prefix)), above);
+  uint32_t nan = 0;
+  const __m128i shift = _mm_cvtsi32_si128(range.shift);
+  const __m512i lo = _mm512_set1_epi32(static_cast<int>(range.lo));
+  const __m512i bins = _mm512_set1_epi32(kBins);
   for (int64_t i = 0; i < count; i += kLanes) {
     const auto lanes = static_cast<__mmask16>(low_bits(count - i));
-    const __m512i keys = keys_of<kAbsolute>(_mm512_maskz_loadu_epi32(lanes, scores + i));
-    const __mmask16 hit =
-        _mm512_mask_cmpeq_epi32_mask(lanes, _mm512_srl_epi32(keys, above), wanted);
-    _mm512_storeu_si512(matches + filled, _mm512_maskz_compress_epi32(hit, keys));
+    const __m512i bits = _mm512_maskz_loadu_epi32(lanes, scores + i);
+    const __m512i keys = keys_of<kAbsolute>(bits);
+    const __m512i bin = _mm512_srl_epi32(_mm512_sub_epi32(keys, lo), shift);
+    const __mmask16 hit = _mm512_mask_cmplt_epu32_mask(lanes, bin, bins);
+    total.below += __builtin_popcount(_mm512_mask_cmplt_epu32_mask(lanes, keys, lo));
+    nan |= _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(bits), _CMP_UNORD_Q);
+    _mm512_storeu_si512(inside + filled, _mm512_maskz_compress_epi32(hit, bin));
     filled += __builtin_popcount(hit);
     if (filled >= kBuffer || i + kLanes >= count) {
       for (int64_t j = 0; j < filled; ++j)
-        ++bins[digit.of(matches[j])];
+        ++total.bins[inside[j]];
       filled = 0;
     }
   }
+  total.nan |= nan != 0;
 }
 
 template <bool kAbsolute>
@@ -323,25 +312,25 @@ MK_AVX512 void nm_span(const float* scores, int64_t count, int64_t n, int64_t m,
 } // namespace avx512
 #endif
 
-// The bin that holds the key of rank `rank`, which becomes the rank within the bin.
-uint32_t bin_of_rank(const Histogram& bins, int64_t& rank) {
-  uint32_t bin = 0;
-  for (; rank >= bins[bin]; ++bin)
-    rank -= bins[bin];
-  return bin;
-}
-
-// Infinities and NaNs share the outermost digits: only then is a search for NaN worth a pass.
+// A range that holds the key of rank `drop` in all likelihood, from a sample: far enough around the
+// sample's quantile that only one guess in 100 000 misses.
 template <bool kAbsolute>
-bool may_hold_nan(const Histogram& bins) {
-  const auto digit_of_inf = [](float inf) { return kDigits[0].of(key_of<kAbsolute>(inf)); };
-  const auto first = bins.begin();
-  const int64_t high =
-      std::accumulate(first + digit_of_inf(__builtin_inff()), bins.end(), int64_t{0});
-  const int64_t low =
-      kAbsolute ? 0
-                : std::accumulate(first, first + digit_of_inf(-__builtin_inff()) + 1, int64_t{0});
-  return high + low > 0;
+Range guess_range(const float* scores, int64_t count, int64_t drop) {
+  constexpr int64_t kSample = 1 << 13;
+  constexpr int64_t kMargin = 200; // 4.4 standard deviations of a rank in the sample
+  if (count < 16 * kSample)
+    return kWhole;
+  std::vector<uint32_t> keys(kSample);
+  for (int64_t i = 0; i < kSample; ++i)
+    keys[i] = key_of<kAbsolute>(scores[count / kSample * i]);
+  const auto middle = static_cast<int64_t>(static_cast<double>(drop) / count * kSample);
+  const auto key_at = [&](int64_t rank) {
+    std::nth_element(keys.begin(), keys.begin() + rank, keys.end());
+    return keys[rank];
+  };
+  const uint32_t lo = middle < kMargin ? 0 : key_at(middle - kMargin);
+  const uint32_t hi = middle >= kSample - kMargin ? ~0u : key_at(middle + kMargin);
+  return range_of(lo, hi);
 }
 
 template <bool kAbsolute>
@@ -366,54 +355,59 @@ int64_t select_topk_as(const SelectTopk& p, const Exec& exec) {
         fn(task);
     });
   };
-  std::vector<Histogram> task_bins(tasks);
-  Histogram bins;
-  const auto merge = [&] {
-    bins.fill(0);
-    for (const Histogram& part : task_bins)
-      std::transform(part.begin(), part.end(), bins.begin(), bins.begin(), std::plus<>());
-  };
 
-  const auto count_first = MK_BY_ISA(exec.isa, count_first<kAbsolute>);
-  each_task([&](int64_t task) {
-    Histograms copies = {};
-    const int64_t begin = first_element(task), end = first_element(task + 1);
-    count_first(p.scores + begin, end - begin, copies);
-    for (int64_t bin = 0; bin < kBins; ++bin)
-      task_bins[task][bin] = copies[0][bin] + copies[1][bin] + copies[2][bin] + copies[3][bin];
-  });
-  merge();
-  if (may_hold_nan<kAbsolute>(bins))
-    if (const int64_t nan = first_nan(p.scores, elements, exec.parallel); nan >= 0)
-      return nan;
-  if (p.drop >= elements) {
-    std::fill_n(p.words, words, 0u);
-    return -1;
-  }
-
-  int64_t rank = p.drop;
-  uint32_t cut = bin_of_rank(bins, rank) << kDigits[0].shift;
-  const auto count_next = MK_BY_ISA(exec.isa, count_next<kAbsolute>);
-  for (const Digit digit : {kDigits[1], kDigits[2]}) {
+  // Narrows the range that holds the key of rank `drop` until its bins are single keys.
+  const auto count_keys = MK_BY_ISA(exec.isa, count_keys<kAbsolute>);
+  std::vector<Count> counts(tasks);
+  Range range = guess_range<kAbsolute>(p.scores, elements, p.drop);
+  uint32_t cut = 0;
+  int64_t ties = 0; // keys that equal `cut` and are to drop
+  for (;;) {
     each_task([&](int64_t task) {
       const int64_t begin = first_element(task), end = first_element(task + 1);
-      task_bins[task].fill(0);
-      count_next(p.scores + begin, end - begin, digit, cut, task_bins[task]);
+      counts[task] = {};
+      count_keys(p.scores + begin, end - begin, range, counts[task]);
     });
-    merge();
-    cut |= bin_of_rank(bins, rank) << digit.shift;
+    ties = p.drop;
+    bool nan = false;
+    for (const Count& count : counts) {
+      ties -= count.below;
+      nan |= count.nan;
+    }
+    if (nan)
+      return first_nan(p.scores, elements, exec.parallel);
+    if (p.drop >= elements) {
+      std::fill_n(p.words, words, 0u);
+      return -1;
+    }
+    int64_t bin = 0;
+    for (; ties >= 0 && bin < kBins; ++bin) {
+      int64_t size = 0;
+      for (const Count& count : counts)
+        size += count.bins[bin];
+      if (ties < size)
+        break;
+      ties -= size;
+    }
+    if (ties < 0 || bin == kBins) {
+      range = kWhole; // the guess missed
+      continue;
+    }
+    cut = range.lo + (static_cast<uint32_t>(bin) << range.shift);
+    if (range.shift == 0)
+      break;
+    range = range_of(cut, cut + ((1u << range.shift) - 1));
   }
 
-  // `rank` keys equal to `cut` are still to drop: the first ones, task by task.
-  std::vector<int64_t> ties(tasks);
-  for (int64_t task = 0; task < tasks; ++task) {
-    ties[task] = std::min(rank, task_bins[task][kDigits[2].of(cut)]);
-    rank -= ties[task];
-  }
   const auto cut_span = MK_BY_ISA(exec.isa, cut_span<kAbsolute>);
+  std::vector<int64_t> task_ties(tasks); // the first ones are to drop, task by task
+  for (int64_t task = 0; task < tasks; ++task) {
+    task_ties[task] = std::min(ties, counts[task].bins[range.bin(cut)]);
+    ties -= task_ties[task];
+  }
   each_task([&](int64_t task) {
     for_each_span(shape, first_word(task), first_word(task + 1), [&](const Span& s) {
-      cut_span(p.scores + s.element, s.count, cut, ties[task], p.words + s.word);
+      cut_span(p.scores + s.element, s.count, cut, task_ties[task], p.words + s.word);
     });
   });
   return -1;

@@ -122,6 +122,14 @@ void test_all(const Exec& exec, Shape shape, Random& random) {
     test_nan(exec, random.floats(n), shape);
 }
 
+// Every element that select_topk's sample sees is far larger than the rest: its guess must miss.
+std::vector<float> misleading(int64_t count, Random& random) {
+  std::vector<float> scores = random.floats(count);
+  for (int64_t i = 0; i < count; i += count / (1 << 13))
+    scores[i] = 1e9f;
+  return scores;
+}
+
 } // namespace
 
 int main() {
@@ -139,6 +147,8 @@ int main() {
       for (const bool absolute : {false, true}) {
         test_topk(exec, scores, shape, shape.elements() / 2, absolute);
         test_topk(exec, equal, shape, shape.elements() / 2, absolute);
+        test_topk(
+            exec, misleading(shape.elements(), random), shape, shape.elements() / 2, absolute);
         test_nm(exec, scores, shape, 2, 4, absolute);
       }
       test_nan(exec, scores, shape);

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ._layout import conv_memory_format
 
@@ -190,7 +191,7 @@ def masked_conv2d_grad_x(
     groups: int,
 ) -> Tensor:
     weight = _conv_weight(values, words, scale, x_size[1] // groups, kernel_size)
-    grad_x = torch.nn.grad.conv2d_input(x_size, weight, grad_y, stride, padding, dilation, groups)
+    grad_x: Tensor = conv2d_input(x_size, weight, grad_y, stride, padding, dilation, groups)
     return grad_x.contiguous(memory_format=conv_memory_format(grad_y))
 
 
@@ -206,7 +207,7 @@ def masked_conv2d_grad_weight(
     groups: int,
 ) -> Tensor:
     size = (grad_y.shape[1], x.shape[1] // groups, *kernel_size)
-    grad = torch.nn.grad.conv2d_weight(x, size, grad_y, stride, padding, dilation, groups)
+    grad = conv2d_weight(x, size, grad_y, stride, padding, dilation, groups)
     return _masked_(_scaled_(grad.contiguous(), scale), words)
 
 
@@ -222,7 +223,7 @@ def scored_conv2d_grad_scores(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    grad = torch.nn.grad.conv2d_weight(x, scores.shape, grad_y, stride, padding, dilation, groups)
+    grad = conv2d_weight(x, scores.shape, grad_y, stride, padding, dilation, groups)
     return _grad_scores(grad, values, scores, scale, absolute)
 
 

@@ -135,10 +135,9 @@ def save_dense(model: nn.Module, path: Path) -> dict[str, Any]:
 
 
 def save_packed(model: nn.Module, path: Path) -> dict[str, Any]:
-    """Write the packed model; return the file's size and the dense model's, by what is counted."""
-    report = mk.save_masked(model, path)
-    print(report)
-    return {"file_bytes": path.stat().st_size, "dense_bytes": report.dense_bytes}
+    """Write the packed model; return the sizes of the file, its parts and the dense model."""
+    sizes = mk.save_masked(model, path)
+    return {**dataclasses.asdict(sizes), "ratio": sizes.ratio, "paper_ratio": sizes.paper_ratio}
 
 
 def test_once(model: nn.Module, data: Splits, masked: bool, out: Path) -> dict[str, Any]:
@@ -255,8 +254,8 @@ def report(result: dict[str, Any]) -> None:
             f"packed              {100 * result['packed_test_accuracy']:.2f} %, {same} predictions"
         )
         print(
-            f"file                {sizes['file_bytes']:,} bytes, dense {sizes['dense_bytes']:,} "
-            f"({sizes['dense_bytes'] / sizes['file_bytes']:.1f} times larger)"
+            f"file                {sizes['file_bytes']:,} bytes, {100 * sizes['ratio']:.1f} % of "
+            f"{sizes['dense_bytes']:,} dense; {100 * sizes['paper_ratio']:.1f} % by PEMN's formula"
         )
     else:
         print(f"file                {sizes['file_bytes']:,} bytes")

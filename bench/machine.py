@@ -24,7 +24,7 @@ def machine(command: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
     }
 

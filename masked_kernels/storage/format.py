@@ -23,8 +23,6 @@ KEY = "masked_kernels"
 VERSION = 1
 KINDS = ("linear", "conv2d")
 
-# In the container's header the manifest is a JSON string inside JSON, hence the backslashes.
-_DIGEST_FIELD = b'\\"sha256\\":\\"'
 _NO_DIGEST = "0" * 64
 
 
@@ -130,21 +128,16 @@ def encode(contents: Contents) -> bytes:
     # One metadata entry only: safetensors writes several in no fixed order.
     metadata = {KEY: json.dumps(manifest, separators=(",", ":"))}
     data = safetensors.torch.save(contents.tensors, metadata)
-    return data.replace(
-        _DIGEST_FIELD + _NO_DIGEST.encode(), _DIGEST_FIELD + _digest(data).encode(), 1
-    )
+    return data.replace(_digest_field(_NO_DIGEST), _digest_field(_digest(data, _NO_DIGEST)), 1)
 
 
 def decode(data: bytes) -> Contents:
     """The contents of a file; ``FormatError`` if incomplete, altered or of another kind."""
     manifest = _manifest(data)
-    digest = manifest.get("sha256")
-    field = _DIGEST_FIELD + str(digest).encode()
-    if data.count(field) != 1 or digest != _digest(
-        data.replace(field, _DIGEST_FIELD + _NO_DIGEST.encode())
-    ):
+    recorded = str(manifest.get("sha256"))
+    if (actual := _digest(data, recorded)) != recorded:
         raise FormatError(
-            f"altered: its SHA-256 is not the one it was saved with, {str(digest)[:16]}..."
+            f"altered: its SHA-256 is {actual[:12]}..., expected {recorded[:12]}... as saved"
         )
     try:
         tensors = safetensors.torch.load(data)
@@ -232,8 +225,18 @@ def _data_size(header: dict[str, Any]) -> int:
         return 0
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _digest_field(digest: str) -> bytes:
+    # The manifest is a JSON string inside the container's JSON header, hence the backslashes.
+    return rf"\"sha256\":\"{digest}\"".encode()
+
+
+def _digest(data: bytes, recorded: str) -> str:
+    """SHA-256 of a file with zeros for the digits of the digest ``recorded`` in its header."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = data[:start].replace(_digest_field(recorded), _digest_field(_NO_DIGEST))
+    sha256 = hashlib.sha256(header)
+    sha256.update(memoryview(data)[start:])
+    return sha256.hexdigest()
 
 
 def _check_names(contents: Contents) -> None:

@@ -67,11 +67,13 @@ DTYPES = {
 
 
 def support() -> dict[str, dict[str, list[str]]]:
-    """For every op and every backend available here: the dtypes it runs in, asked of the backend."""
+    """For each op and each backend available here: the dtypes it runs in, asked of the backend."""
     available = [name for name, reason in backends().items() if reason is None]
     return {
         op: {
-            name: [d for d, dtype in DTYPES.items() if why_not(name, op, *_sample(op, dtype)) is None]
+            name: [
+                d for d, dtype in DTYPES.items() if why_not(name, op, *_sample(op, dtype)) is None
+            ]
             for name in available
         }
         for op in _ops.NAMES
@@ -92,7 +94,7 @@ def support_table() -> str:
 def _sample(op: str, dtype: torch.dtype) -> list[Any]:
     """The smallest arguments of an op, by its schema, floats in ``dtype``."""
     made: dict[str, Any] = {"int": 1, "SymInt": 1, "bool": True, "float": 0.0}
-    arguments = []
+    arguments: list[Any] = []
     for argument in getattr(torch.ops.masked_kernels, op).default._schema.arguments[:-1]:
         kind = str(argument.real_type)
         if kind == "Tensor":

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Blocks of one page share their names, as a reader who types them in would have it."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    fenced = blocks(page)
-    for (language, code), (next_language, text) in zip(
-        fenced, [*fenced[1:], ("", "")], strict=True
-    ):
+    for (language, code), (next_language, text) in pairwise([*blocks(page), ("", "")]):
         if language != "python":
             continue
         printed = io.StringIO()

@@ -46,16 +46,17 @@ namespace scalar {
 
 template <int kTokens>
 void micro_kernel(const uint32_t* tile, int64_t, int64_t words, const float* tables, float* sums) {
-  float acc[kTokens * kLanes] = {};
-  for (int64_t table = 0; table < words * kWordTables; ++table, tables += kTokens * kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const uint32_t word = tile[table / kWordTables * kLanes + lane];
-      const uint32_t index = word >> table % kWordTables * kTableColumns & 15;
-      for (int t = 0; t < kTokens; ++t)
-        acc[t * kLanes + lane] += tables[t * kLanes + index];
-    }
-  for (int64_t i = 0; i < kTokens * kLanes; ++i)
-    sums[i] += acc[i];
+  for (int64_t word = 0; word < words; ++word) {
+    float acc[kTokens * kLanes] = {};
+    for (int64_t table = 0; table < kWordTables; ++table, tables += kTokens * kLanes)
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const uint32_t index = tile[word * kLanes + lane] >> table * kTableColumns & 15;
+        for (int t = 0; t < kTokens; ++t)
+          acc[t * kLanes + lane] += tables[t * kLanes + index];
+      }
+    for (int64_t i = 0; i < kTokens * kLanes; ++i)
+      sums[i] += acc[i];
+  }
 }
 
 void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables) {
@@ -88,43 +89,64 @@ using scalar::kKernels;
 namespace avx512 {
 
 template <int kBlocks, int kTokens>
+struct Sums {
+  __m512 at[kBlocks][kTokens];
+};
+
+// acc = or, if not the first, += what the tables of one word of columns hold for each row.
+template <bool kFirst, int kBlocks, int kTokens>
+MK_AVX512 MK_INLINE void add_word(
+    const uint32_t* tiles, int64_t tile_stride, const float* tables, Sums<kBlocks, kTokens>& acc) {
+  __m512i index[kBlocks];
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b)
+    index[b] = _mm512_loadu_si512(tiles + b * tile_stride);
+#pragma GCC unroll 8
+  for (int64_t table = 0; table < kWordTables; ++table, tables += kTokens * kLanes) {
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512 sum_of = _mm512_load_ps(tables + t * kLanes);
+#pragma GCC unroll 8
+      for (int b = 0; b < kBlocks; ++b) {
+        const __m512 sum = _mm512_permutexvar_ps(index[b], sum_of); // by the low 4 bits of a lane
+        acc.at[b][t] = kFirst && table == 0 ? sum : _mm512_add_ps(acc.at[b][t], sum);
+      }
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b)
+      index[b] = _mm512_srli_epi32(index[b], kTableColumns);
+  }
+}
+
+template <int kBlocks, int kTokens>
 MK_AVX512 void micro_kernel(
     const uint32_t* tiles, int64_t tile_stride, int64_t words, const float* tables, float* sums) {
-  __m512 acc[kBlocks][kTokens];
+  Sums<kBlocks, kTokens> total, acc;
 #pragma GCC unroll 8
   for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t)
-      acc[b][t] = _mm512_setzero_ps();
+      total.at[b][t] = _mm512_load_ps(sums + (b * kTokens + t) * kLanes);
 
-  for (int64_t word = 0; word < words; ++word) {
-    __m512i index[kBlocks];
+  constexpr int64_t kWordFloats = kWordTables * kTokens * kLanes;
+  for (int64_t word = 0; word < words; word += 2) {
+    // A total of short sums rounds less than one long sum, and starting one costs no addition.
+    add_word<true>(tiles + word * kLanes, tile_stride, tables + word * kWordFloats, acc);
+    if (word + 1 < words)
+      add_word<false>(
+          tiles + (word + 1) * kLanes, tile_stride, tables + (word + 1) * kWordFloats, acc);
 #pragma GCC unroll 8
     for (int b = 0; b < kBlocks; ++b)
-      index[b] = _mm512_loadu_si512(tiles + b * tile_stride + word * kLanes);
 #pragma GCC unroll 8
-    for (int64_t table = 0; table < kWordTables; ++table, tables += kTokens * kLanes) {
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) {
-        const __m512 sum_of = _mm512_load_ps(tables + t * kLanes);
-#pragma GCC unroll 8
-        for (int b = 0; b < kBlocks; ++b) // the permutation reads 4 bits of each lane
-          acc[b][t] = _mm512_add_ps(acc[b][t], _mm512_permutexvar_ps(index[b], sum_of));
-      }
-#pragma GCC unroll 8
-      for (int b = 0; b < kBlocks; ++b)
-        index[b] = _mm512_srli_epi32(index[b], kTableColumns);
-    }
+      for (int t = 0; t < kTokens; ++t)
+        total.at[b][t] = _mm512_add_ps(total.at[b][t], acc.at[b][t]);
   }
 
 #pragma GCC unroll 8
   for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-      // Only now to the total: a sum of short sums rounds less than one long sum.
-      float* total = sums + (b * kTokens + t) * kLanes;
-      _mm512_store_ps(total, _mm512_add_ps(acc[b][t], _mm512_load_ps(total)));
-    }
+    for (int t = 0; t < kTokens; ++t)
+      _mm512_store_ps(sums + (b * kTokens + t) * kLanes, total.at[b][t]);
 }
 
 MK_AVX512 void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables) {
@@ -144,8 +166,8 @@ constexpr Variant variant() {
   return {kBlocks, micro_kernel<kBlocks, kTokens>, micro_kernel<1, kTokens>};
 }
 
-constexpr Kernels kKernels = {build_tables, {variant<8, 1>(), variant<8, 2>(), variant<6, 3>(),
-                                                variant<6, 4>(), variant<4, 5>(), variant<4, 6>()}};
+constexpr Kernels kKernels = {build_tables, {variant<8, 1>(), variant<5, 2>(), variant<4, 3>(),
+                                                variant<3, 4>(), variant<2, 5>(), variant<2, 6>()}};
 
 } // namespace avx512
 #endif
@@ -173,14 +195,25 @@ void scale_tokens(const AlignedLinear& p, const float* values, int64_t token, in
 
 void store(const AlignedLinear& p, const AlignedRows& rows, const Tile& tile, int64_t token,
     int64_t tokens, const Vector* sums) {
-  for (int64_t block = tile.block_begin; block < tile.block_end; ++block)
-    for (int64_t t = 0; t < tokens; ++t, ++sums)
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const int64_t row = rows.row(tile.pattern, block * kLanes + lane);
-        if (row < p.rows)
-          p.y[(token + t) * p.rows + row] =
-              p.scale * sums->lane[lane] + (p.bias ? p.bias[row] : 0.0f);
-      }
+  for (int64_t block = tile.block_begin; block < tile.block_end; ++block) {
+    const int64_t row = rows.row(tile.pattern, block * kLanes), step = p.patterns;
+    const int64_t count = std::min(kLanes, ceil_div(p.rows - row, step));
+    float bias[kLanes] = {};
+    if (p.bias)
+      for (int64_t i = 0; i < count; ++i)
+        bias[i] = p.bias[row + i * step];
+    for (int64_t t = 0; t < tokens; ++t, ++sums) {
+      float y[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i)
+        y[i] = p.scale * sums->lane[i] + bias[i];
+      float* out = p.y + (token + t) * p.rows + row;
+      if (step == 1)
+        std::copy_n(y, count, out);
+      else
+        for (int64_t i = 0; i < count; ++i)
+          out[i * step] = y[i];
+    }
+  }
 }
 
 void multiply_tile(const AlignedLinear& p, const AlignedRows& rows, const float* values,

@@ -93,28 +93,42 @@ struct Sums {
   __m512 at[kBlocks][kTokens];
 };
 
-// acc = or, if not the first, += what the tables of one word of columns hold for each row.
+template <int kBlocks>
+struct Indices {
+  __m512i at[kBlocks];
+};
+
+// acc = or, if not the first, += what one table a token holds for each row.
+template <bool kFirst, int kBlocks, int kTokens>
+MK_AVX512 MK_INLINE void add_table(
+    const Indices<kBlocks>& index, const float* tables, Sums<kBlocks, kTokens>& acc) {
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) {
+    const __m512 sum_of = _mm512_load_ps(tables + t * kLanes);
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) {
+      const __m512 sum = _mm512_permutexvar_ps(index.at[b], sum_of); // by the low 4 bits of a lane
+      acc.at[b][t] = kFirst ? sum : _mm512_add_ps(acc.at[b][t], sum);
+    }
+  }
+}
+
+// The same with the tables of one word of columns.
 template <bool kFirst, int kBlocks, int kTokens>
 MK_AVX512 MK_INLINE void add_word(
     const uint32_t* tiles, int64_t tile_stride, const float* tables, Sums<kBlocks, kTokens>& acc) {
-  __m512i index[kBlocks];
+  Indices<kBlocks> index;
 #pragma GCC unroll 8
   for (int b = 0; b < kBlocks; ++b)
-    index[b] = _mm512_loadu_si512(tiles + b * tile_stride);
-#pragma GCC unroll 8
-  for (int64_t table = 0; table < kWordTables; ++table, tables += kTokens * kLanes) {
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-      const __m512 sum_of = _mm512_load_ps(tables + t * kLanes);
-#pragma GCC unroll 8
-      for (int b = 0; b < kBlocks; ++b) {
-        const __m512 sum = _mm512_permutexvar_ps(index[b], sum_of); // by the low 4 bits of a lane
-        acc.at[b][t] = kFirst && table == 0 ? sum : _mm512_add_ps(acc.at[b][t], sum);
-      }
-    }
+    index.at[b] = _mm512_loadu_si512(tiles + b * tile_stride);
+  add_table<kFirst>(index, tables, acc);
+  // Unrolled, GCC looks everything up first and runs out of registers.
+#pragma GCC unroll 1
+  for (int64_t table = 1; table < kWordTables; ++table) {
 #pragma GCC unroll 8
     for (int b = 0; b < kBlocks; ++b)
-      index[b] = _mm512_srli_epi32(index[b], kTableColumns);
+      index.at[b] = _mm512_srli_epi32(index.at[b], kTableColumns);
+    add_table<false>(index, tables + table * kTokens * kLanes, acc);
   }
 }
 

@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("info", help="versions, machine, backends and why one is missing")
-    command.add_argument("--json", action="store_true", help="as JSON")
+    shape = command.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="as JSON")
+    shape.add_argument("--ops", action="store_true", help="table of ops, backends and dtypes")
     command.set_defaults(run=_info)
 
     command = commands.add_parser("selftest", help="every available backend on tiny cases")
@@ -42,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(options: argparse.Namespace) -> int:
+    if options.ops:
+        print(info.support_table())
+        return 0
     facts = info.gather()
     print(json.dumps(facts, indent=2) if options.json else _info_text(facts))
     return 0

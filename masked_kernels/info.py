@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from . import __version__
-from .backends import ENVIRONMENT_VARIABLE, backends
+from . import __version__, _ops
+from .backends import ENVIRONMENT_VARIABLE, backends, why_not
 
 ENVIRONMENT = {
     ENVIRONMENT_VARIABLE: "backend to use where a call names none",
@@ -56,6 +56,54 @@ def native() -> dict[str, str] | None:
     """How the native code was built, or None if it was not."""
     host = _host()
     return None if host is None else dict(host.build_info())
+
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+def support() -> dict[str, dict[str, list[str]]]:
+    """For every op and every backend available here: the dtypes it runs in, asked of the backend."""
+    available = [name for name, reason in backends().items() if reason is None]
+    return {
+        op: {
+            name: [d for d, dtype in DTYPES.items() if why_not(name, op, *_sample(op, dtype)) is None]
+            for name in available
+        }
+        for op in _ops.NAMES
+    }
+
+
+def support_table() -> str:
+    """``support`` as a Markdown table; "all" stands for every dtype."""
+    facts = support()
+    names = list(next(iter(facts.values())))
+    lines = [f"| op | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
+    for op, cells in facts.items():
+        texts = ("all" if len(c) == len(DTYPES) else ", ".join(c) or "no" for c in cells.values())
+        lines.append(f"| `{op}` | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _sample(op: str, dtype: torch.dtype) -> list[Any]:
+    """The smallest arguments of an op, by its schema, floats in ``dtype``."""
+    made: dict[str, Any] = {"int": 1, "SymInt": 1, "bool": True, "float": 0.0}
+    arguments = []
+    for argument in getattr(torch.ops.masked_kernels, op).default._schema.arguments[:-1]:
+        kind = str(argument.real_type)
+        if kind == "Tensor":
+            shape = (1, 1, 1, 1) if "conv2d" in op and argument.name != "words" else (1, 1)
+            packed = {"words": torch.int32, "mask": torch.bool}
+            arguments.append(torch.zeros(shape, dtype=packed.get(argument.name, dtype)))
+        elif kind.startswith("List"):
+            arguments.append([1, 1])
+        else:
+            arguments.append(made.get(kind))
+    return arguments
 
 
 def _host() -> Any:

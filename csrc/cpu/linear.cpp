@@ -122,8 +122,7 @@ struct Sums {
   __m512 at[kRows][kTokens];
 };
 
-// Adds 16 columns, less those past the end. A value whose bit is 0 takes no part, not even as a
-// product with zero.
+// Adds 16 columns, less those past the end.
 template <int kRows, int kTokens>
 MK_AVX512 MK_INLINE void add_columns(
     const Rows& rows, const float* x, int64_t vector, __mmask16 lanes, Sums<kRows, kTokens>& sums) {

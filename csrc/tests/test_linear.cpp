@@ -1,0 +1,88 @@
+// masked_linear against loops in double, and the order of its rows.
+#include "testing.h"
+
+#include "row_walk.h"
+
+#include <cmath>
+
+using namespace testing;
+
+namespace {
+
+void test_linear(
+    const Exec& exec, int64_t tokens, Shape shape, int64_t period, bool has_bias, Random& random) {
+  const std::vector<float> x = random.floats(tokens * shape.cols), values = random.floats(period),
+                           bias = random.floats(shape.rows);
+  const std::vector<uint32_t> words = random.words(shape);
+  const float scale = has_bias ? 1.5f : 1.0f;
+  std::vector<float> y(tokens * shape.rows, NAN);
+  masked_linear({x.data(), values.data(), period, words.data(), has_bias ? bias.data() : nullptr,
+                    scale, tokens, shape.rows, shape.cols, y.data()},
+      exec);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      double sum = 0, size = 1;
+      for (int64_t col = 0; col < shape.cols; ++col)
+        if (bit(words, shape, row, col)) {
+          const double term =
+              double{x[t * shape.cols + col]} * values[(row * shape.cols + col) % period];
+          sum += term;
+          size += std::abs(term);
+        }
+      const double expected = scale * sum + (has_bias ? bias[row] : 0);
+      CHECK(std::abs(y[t * shape.rows + row] - expected) <= 1e-6 * scale * size, name(exec.isa),
+          exec.parallel.threads(), tokens, shape.rows, shape.cols, period, t, row,
+          y[t * shape.rows + row], expected);
+    }
+}
+
+// A value whose bit is 0 counts for nothing, whatever it is.
+void test_masked_out_infinity(const Exec& exec) {
+  const float x[2] = {1.0f, 2.0f}, values[2] = {INFINITY, 3.0f};
+  const uint32_t word = 2;
+  float y = 0;
+  masked_linear({x, values, 2, &word, nullptr, 1.0f, 1, 1, 2, &y}, exec);
+  CHECK(y == 6.0f, name(exec.isa), y);
+}
+
+void test_walk(int64_t begin, int64_t end, int64_t cols, int64_t period) {
+  std::vector<int> visits(end);
+  for (RowWalk walk(begin, end, cols, period); !walk.done(); walk.advance()) {
+    ++visits.at(walk.row());
+    CHECK(walk.start() == walk.row() * cols % period, walk.row(), walk.start());
+  }
+  for (int64_t row = 0; row < end; ++row)
+    CHECK(visits[row] == (row >= begin), begin, end, cols, period, row);
+}
+
+} // namespace
+
+int main() {
+  CHECK(RowWalk::best_stride(4096, 4096, 167773) == 41, "random padding, 1e-2 of 4096 x 4096");
+  CHECK(RowWalk::best_stride(4096, 4096, 4096 * 4096) == 1, "dense");
+  CHECK(RowWalk::best_stride(4096, 4096, 4096) == 1, "equal rows");
+  for (const int64_t period : {1, 3, 100, 4099, 167773, 1 << 24})
+    for (const int64_t cols : {1, 64, 1000, 4096})
+      for (const int64_t begin : {0, 17})
+        for (const int64_t end : {17, 18, 400})
+          test_walk(begin, end, cols, period);
+
+  for_each_exec([](const Exec& exec) {
+    test_masked_out_infinity(exec);
+    Random random;
+    for (const int64_t cols : kCols) {
+      const Shape shape{13, cols};
+      for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 13})
+        for (const int64_t period : {int64_t{1}, int64_t{3}, cols / 2 + 1, cols, cols + 1,
+                 2 * cols - 1, shape.elements(), shape.elements() + 9})
+          test_linear(exec, tokens, shape, period, tokens % 2 == 0, random);
+    }
+    // Several column blocks, many rows, few rows with many tokens, a walk with a stride.
+    test_linear(exec, 2, {9, 13'001}, 4000, true, random);
+    test_linear(exec, 7, {5, 5000}, 25'000, true, random);
+    test_linear(exec, 1, {700, 300}, 2999, false, random);
+    test_linear(exec, 300, {3, 130}, 77, true, random);
+    for (const Shape empty : {Shape{0, 5}, Shape{4, 0}, Shape{4, 5}})
+      test_linear(exec, empty.cols == 5 && empty.rows == 4 ? 0 : 3, empty, 7, true, random);
+  });
+}

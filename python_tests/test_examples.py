@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import demo
 import numpy as np
 import predict
 import pytest
@@ -18,6 +17,7 @@ import report
 import torch
 import train
 
+import demo
 import masked_kernels as mk
 from masked_kernels.training.checkpoint import load_checkpoint
 
@@ -33,52 +33,48 @@ def _threads():
     torch.set_num_threads(threads)
 
 
-def start(out: Path) -> subprocess.Popen:
-    """Start a run of 12 short epochs in a process of its own."""
-    command = [sys.executable, str(REPOSITORY / "examples/train.py"), *TINY, "--resume"]
-    command += ["--limit-train", "320", "--epochs", "12", "--out", str(out)]
+def arguments(out: Path) -> list[str]:
+    """A run of 12 short epochs, resumed if it can be."""
+    return [*TINY, "--limit-train", "320", "--epochs", "12", "--resume", "--out", str(out)]
+
+
+def stop_after(epochs: int, out: Path, stop: signal.Signals) -> tuple[int, str]:
+    """Train in a process of its own and stop it in the epoch after this one; code and output."""
+    command = [sys.executable, str(REPOSITORY / "examples/train.py"), *arguments(out)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def wait_for_lines(log: Path, count: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while not log.exists() or log.read_bytes().count(b"\n") < count:
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    log, deadline = out / "log.jsonl", time.monotonic() + 120
+    while not log.exists() or log.read_bytes().count(b"\n") < epochs:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
+    time.sleep(0.03)
+    process.send_signal(stop)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
 
 
-def test_stopped_runs_resume_and_end_with_the_same_bits(tmp_path: Path) -> None:
-    whole = start(tmp_path / "whole")
-    stops = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}
-    for stop, code in stops.items():
-        out = tmp_path / stop.name
-        stopped = start(out)
-        wait_for_lines(out / "log.jsonl", 2, stopped)
-        time.sleep(0.03)  # into the third epoch
-        stopped.send_signal(stop)
-        output, _ = stopped.communicate(timeout=60)
-        assert stopped.returncode == code
-        assert ("--resume to go on" in output) == (stop is signal.SIGINT)
-        epochs_done = len(load_checkpoint(out / "checkpoint.pt")["records"])
-        assert 2 <= epochs_done < 12
-    resumed = [start(tmp_path / stop.name) for stop in stops]
-    for process in (whole, *resumed):
-        process.communicate(timeout=120)
-        assert process.returncode == 0
+def test_killed_twice_and_resumed_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train.main(arguments(whole)) == 0
 
-    expected = load_checkpoint(tmp_path / "whole/checkpoint.pt")
-    for stop in stops:
-        found = load_checkpoint(tmp_path / stop.name / "checkpoint.pt")
-        for part in ("model", "best_weights"):
-            assert expected[part].keys() == found[part].keys()
-            for name, tensor in expected[part].items():
-                assert torch.equal(tensor, found[part][name]), (stop, part, name)
-        log = (tmp_path / stop.name / "log.jsonl").read_text().splitlines()
-        assert [json.loads(line)["epoch"] for line in log] == list(range(1, 13))
-        assert (tmp_path / stop.name / "test_logits.npy").read_bytes() == (
-            tmp_path / "whole/test_logits.npy"
-        ).read_bytes()
+    code, _ = stop_after(2, cut, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    killed_at = len(load_checkpoint(cut / "checkpoint.pt")["records"])
+    assert 2 <= killed_at < 9
+    code, output = stop_after(killed_at + 2, cut, signal.SIGINT)
+    assert code == 130
+    assert "add --resume to go on" in output
+    assert killed_at + 2 <= len(load_checkpoint(cut / "checkpoint.pt")["records"]) < 12
+    assert train.main(arguments(cut)) == 0
+
+    expected, found = (load_checkpoint(run / "checkpoint.pt") for run in (whole, cut))
+    for part in ("model", "best_weights"):
+        assert expected[part].keys() == found[part].keys()
+        for name, tensor in expected[part].items():
+            assert torch.equal(tensor, found[part][name]), (part, name)
+    epochs = [json.loads(line)["epoch"] for line in (cut / "log.jsonl").read_text().splitlines()]
+    assert epochs == list(range(1, 13))
+    assert (cut / "test_logits.npy").read_bytes() == (whole / "test_logits.npy").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -142,8 +142,7 @@ def stratified_order(labels: Tensor, seed: int = 0) -> Tensor:
     """Return a seeded order int64 ``(N,)`` of which every slice holds each class in proportion.
 
     The i-th of the n images of a class, in shuffled order, is placed at ``(i + 1/2) / n`` of the
-    way; images at the same place follow in random order. Any slice then holds each class to
-    within two of its share.
+    way. Any slice then holds each class to within two of its share.
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)

@@ -21,6 +21,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .augment import Normalize
 from .checkpoint import (
@@ -230,7 +231,7 @@ def fit(
         identity: plain values that, beside settings and dataset, tell this run from others (say
             the model's arguments); a resume with different ones is refused.
         resume: continue from the folder's checkpoint if there is one, else start.
-        progress: show a bar on standard error.
+        progress: show a bar on standard error, if that is a terminal.
 
     Returns:
         The records of all epochs, those before a resume included.
@@ -251,15 +252,24 @@ def fit(
 
     total = settings.epochs * len(data.train)
     done = trainer.epoch * len(data.train)
-    with tqdm(total=total, initial=done, unit="img", disable=not progress) as bar:
+    # disable=None shows the bar on a terminal only; in a file the log lines say enough.
+    bar = tqdm(
+        total=total, initial=done, unit="img", disable=None if progress else True, leave=False
+    )
+    with logging_redirect_tqdm([logging.getLogger()]), bar:
         while trainer.epoch < settings.epochs:
             bar.set_description(f"epoch {trainer.epoch + 1}/{settings.epochs}")
             record = trainer.run_epoch(bar)
             save_checkpoint(checkpoint, trainer.state_dict())
             with lines.open("ab") as file:
                 file.write(_json_line(record))
-            bar.set_postfix_str(
-                f"loss {record['train_loss']:.3f}, val acc {100 * record['val_accuracy']:.1f} %"
+            log.info(
+                "epoch %d/%d: loss %.3f, validation accuracy %.1f %%, %.0f images/s",
+                record["epoch"],
+                settings.epochs,
+                record["train_loss"],
+                100 * record["val_accuracy"],
+                record["images_per_second"],
             )
     plot_curves(trainer.records, folder / "curves.png")
     model.load_state_dict(trainer.best_weights)

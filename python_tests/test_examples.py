@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import demo
 import numpy as np
 import predict
 import pytest
@@ -17,7 +18,6 @@ import report
 import torch
 import train
 
-import demo
 import masked_kernels as mk
 from masked_kernels.training.checkpoint import load_checkpoint
 

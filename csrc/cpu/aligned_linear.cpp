@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kMaxBlocks = 8, kMaxTokens = 6;
 constexpr int64_t kLanes = AlignedRows::kBlock; // also the sums in a table
-constexpr int64_t kTableColumns = 4; // columns of a table
+constexpr int64_t kTableColumns = 4;            // columns of a table
 constexpr int64_t kWordTables = kWordBits / kTableColumns;
 constexpr int64_t kCachedWords = 12; // of columns whose tables for kMaxTokens fit the L1 cache
 
@@ -233,8 +233,8 @@ void store(const AlignedLinear& p, const AlignedRows& rows, const Tile& tile, in
 void multiply_tile(const AlignedLinear& p, const AlignedRows& rows, const float* values,
     const Kernels& kernels, const Tile& tile) {
   const int64_t words = words_per_row(p.cols), blocks = tile.block_end - tile.block_begin;
-  const uint32_t* tiles = p.tiles +
-      (rows.first_block(tile.pattern) + tile.block_begin) * words * kLanes;
+  const uint32_t* tiles =
+      p.tiles + (rows.first_block(tile.pattern) + tile.block_begin) * words * kLanes;
   std::vector<float> scaled(kMaxTokens * kCachedWords * kWordBits);
   std::vector<Vector> tables(kMaxTokens * kCachedWords * kWordTables);
   std::vector<Vector> sums(blocks * kMaxTokens);
@@ -269,7 +269,7 @@ void aligned_tiles(
   const int64_t row_words = words_per_row(shape.cols);
   constexpr int64_t kGrain = 1 << 12; // words worth waking a thread for
   for (int64_t p = 0; p < patterns; ++p)
-    exec.parallel.run(0, rows.blocks(p), ceil_div(kGrain, kLanes * std::max<int64_t>(row_words, 1)),
+    exec.parallel.run(0, rows.blocks(p), ceil_div(kGrain, kLanes * row_words + 1),
         [&](int64_t begin, int64_t end) {
           for (int64_t block = begin; block < end; ++block) {
             uint32_t* tile = tiles + (rows.first_block(p) + block) * row_words * kLanes;
@@ -289,21 +289,28 @@ void aligned_linear(const AlignedLinear& p, const Exec& exec) {
   for (int64_t k = 0; k < static_cast<int64_t>(first_row.size()); ++k)
     first_row[k] = p.values[k % p.period];
 
+  // Blocks [begin, end) of all patterns, for some tokens.
+  const auto multiply = [&](int64_t begin, int64_t end, int64_t token_begin, int64_t token_end) {
+    for (int64_t pattern = 0, first = 0; pattern < p.patterns && first < end; ++pattern) {
+      const float* values = first_row.empty() ? p.values + pattern * p.cols : first_row.data();
+      const int64_t last = first + rows.blocks(pattern);
+      const Tile tile{pattern, std::max(begin, first) - first, std::min(end, last) - first,
+          token_begin, token_end};
+      if (tile.block_begin < tile.block_end)
+        multiply_tile(p, rows, values, kernels, tile);
+      first = last;
+    }
+  };
+
   // Threads share tokens, each building its own tables, or blocks when there are few tokens.
   constexpr int64_t kGrain = 1 << 18; // products worth waking a thread for
-  const bool by_tokens = p.tokens >= 2 * kMaxTokens * exec.parallel.threads();
-  for (int64_t pattern = 0; pattern < p.patterns; ++pattern) {
-    const float* values = first_row.empty() ? p.values + pattern * p.cols : first_row.data();
-    const int64_t blocks = rows.blocks(pattern);
-    const int64_t units = by_tokens ? p.tokens : p.tokens > 0 ? blocks : 0;
-    const int64_t unit = p.cols * kLanes * (by_tokens ? blocks : p.tokens);
-    exec.parallel.run(0, units, ceil_div(kGrain, std::max<int64_t>(unit, 1)),
-        [&](int64_t begin, int64_t end) {
-          const Tile tile = by_tokens ? Tile{pattern, 0, blocks, begin, end}
-                                      : Tile{pattern, begin, end, 0, p.tokens};
-          multiply_tile(p, rows, values, kernels, tile);
-        });
-  }
+  const int64_t blocks = rows.all_blocks(), block = std::max<int64_t>(p.cols, 1) * kLanes;
+  if (p.tokens >= 2 * kMaxTokens * exec.parallel.threads())
+    exec.parallel.run(0, p.tokens, ceil_div(kGrain, blocks * block + 1),
+        [&](int64_t begin, int64_t end) { multiply(0, blocks, begin, end); });
+  else if (p.tokens > 0)
+    exec.parallel.run(0, blocks, ceil_div(kGrain, p.tokens * block),
+        [&](int64_t begin, int64_t end) { multiply(begin, end, 0, p.tokens); });
 }
 
 } // namespace masked_kernels

@@ -80,8 +80,8 @@ struct MaskedLinear {
 };
 void masked_linear(const MaskedLinear& params, const Exec& exec);
 
-// The rows of a weight by the value vector they read: row o has pattern o % patterns. The rows of one
-// pattern are cut into blocks of 16.
+// The rows of a weight by the value vector they read: row o has pattern o % patterns. The rows of
+// one pattern are cut into blocks of 16.
 class AlignedRows {
  public:
   static constexpr int64_t kBlock = 16;
@@ -104,8 +104,8 @@ class AlignedRows {
   int64_t rows_, patterns_;
 };
 
-// tiles [all blocks, ceil(cols / 32), 16] = the words of each block, one lane a row, 0 for rows that
-// are not there
+// tiles [all blocks, ceil(cols / 32), 16] = the words of each block, one lane a row, 0 for rows
+// that are not there
 void aligned_tiles(
     const uint32_t* words, Shape shape, int64_t patterns, uint32_t* tiles, const Exec& exec);
 

@@ -88,9 +88,10 @@ class AlignedRows {
 
   AlignedRows(int64_t rows, int64_t patterns) : rows_(rows), patterns_(patterns) {}
 
-  int64_t blocks(int64_t pattern) const {
-    return ceil_div(ceil_div(std::max<int64_t>(rows_ - pattern, 0), patterns_), kBlock);
+  int64_t in_pattern(int64_t pattern) const {
+    return ceil_div(std::max<int64_t>(rows_ - pattern, 0), patterns_);
   }
+  int64_t blocks(int64_t pattern) const { return ceil_div(in_pattern(pattern), kBlock); }
   int64_t first_block(int64_t pattern) const {
     int64_t count = 0;
     for (int64_t p = 0; p < pattern; ++p)

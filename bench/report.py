@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -34,17 +33,20 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def brief(result: dict[str, Any], pattern: str = "") -> str:
-    """How many times faster ours is, a row for each case whose name ``pattern`` finds."""
-    cases = [case for case in result["cases"] if re.search(pattern, case["name"])]
-    others = [name for name in cases[0]["providers"] if name != OURS]
-    rows = [["case", "ours", *(f"over `{name}`" for name in others)], ["---"] * (2 + len(others))]
-    for case in cases:
-        timings = case["providers"]
-        ours = timings[OURS]["median"]
-        factors = (_factor(timings[name]["median"] / ours) for name in others)
-        rows.append([case["name"], _time(timings[OURS]).split(" (")[0], *factors])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def speed_tables(result: dict[str, Any]) -> str:
+    """What the README quotes: how many times faster ours is, a table for each set of providers."""
+    tables = []
+    for providers, cases in groupby(result["cases"], lambda case: tuple(case["providers"])):
+        others = [name for name in providers if name != OURS]
+        rows = [["case", "ours", *(f"over `{name}`" for name in others)]]
+        rows.append(["---"] * len(rows[0]))
+        for case in cases:
+            timings = case["providers"]
+            ours = timings[OURS]["median"]
+            factors = (_factor(timings[name]["median"] / ours) for name in others)
+            rows.append([case["name"], _time(timings[OURS]).split(" (")[0], *factors])
+        tables.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join(tables)
 
 
 def _table(providers: tuple[str, ...], cases: list[dict[str, Any]]) -> list[str]:

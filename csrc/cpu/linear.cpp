@@ -9,6 +9,7 @@
 
 #include "masked_kernels/kernels.h"
 
+#include <cstring>
 #include <numeric>
 
 namespace masked_kernels {
@@ -122,19 +123,18 @@ struct Sums {
   __m512 at[kRows][kTokens];
 };
 
-// Adds 16 columns, less those past the end.
+// Adds the 16 columns from k on, less those past the end; `bits` holds each row's bits of them.
 template <int kRows, int kTokens>
-MK_AVX512 MK_INLINE void add_columns(
-    const Rows& rows, const float* x, int64_t vector, __mmask16 lanes, Sums<kRows, kTokens>& sums) {
+MK_AVX512 MK_INLINE void add_columns(const Rows& rows, const uint64_t (&bits)[kRows],
+    const float* x, int64_t k, __mmask16 lanes, Sums<kRows, kTokens>& sums) {
   __m512 xs[kTokens];
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t)
-    xs[t] = _mm512_load_ps(x + (vector * kTokens + t) * kLanes);
+    xs[t] = _mm512_load_ps(x + k * kTokens + t * kLanes);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const auto* bits = reinterpret_cast<const __mmask16*>(rows.words[r]) + vector;
-    const __mmask16 set = _load_mask16(const_cast<__mmask16*>(bits)) & lanes;
-    __m512 w = _mm512_maskz_loadu_ps(lanes, rows.values[r] + vector * kLanes);
+    const __mmask16 set = static_cast<__mmask16>(bits[r]) & lanes;
+    __m512 w = _mm512_maskz_loadu_ps(lanes, rows.values[r] + k);
     asm("" : "+v"(w)); // one load for all tokens: most cross a cache line
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t)
@@ -142,9 +142,11 @@ MK_AVX512 MK_INLINE void add_columns(
   }
 }
 
+// Loads across cache lines take every slot the load ports have, so bits are loaded 64 at a time.
 template <int kRows, int kTokens>
 MK_AVX512 void micro_kernel(
     const Rows& rows, const Rows& next, const float* x, int64_t count, float* sums) {
+  constexpr int64_t kChunk = 64;
   Sums<kRows, kTokens> acc;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -152,19 +154,31 @@ MK_AVX512 void micro_kernel(
     for (int t = 0; t < kTokens; ++t)
       acc.at[r][t] = _mm512_setzero_ps();
 
-  const int64_t whole = count / kLanes;
-  for (int64_t vector = 0; vector < whole;) {
+  uint64_t bits[kRows];
+  int64_t k = 0;
+  for (const int64_t whole = count / kChunk * kChunk; k < whole;) {
     // A walk leaps over rows, which no hardware prefetcher foresees.
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-      _mm_prefetch(
-          reinterpret_cast<const char*>(next.words[r]) + vector * (kLanes / 8), _MM_HINT_T0);
-    for (const int64_t line_end = std::min(vector + kLineBits / kLanes, whole); vector < line_end;
-        ++vector)
-      add_columns(rows, x, vector, 0xffff, acc);
+      _mm_prefetch(next.words[r] + k / kWordBits, _MM_HINT_T0);
+    for (const int64_t line_end = std::min(k + kLineBits, whole); k < line_end; k += kChunk) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        std::memcpy(&bits[r], rows.words[r] + k / kWordBits, sizeof bits[r]);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kChunk; i += kLanes) {
+        add_columns(rows, bits, x, k + i, 0xffff, acc);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+          bits[r] >>= kLanes;
+      }
+    }
   }
-  if (const int64_t rest = count % kLanes)
-    add_columns(rows, x, whole, static_cast<__mmask16>(low_bits(rest)), acc);
+  for (; k < count; k += kLanes) {
+    for (int r = 0; r < kRows; ++r)
+      bits[r] = rows.words[r][k / kWordBits] >> k % kWordBits;
+    add_columns(rows, bits, x, k, static_cast<__mmask16>(low_bits(count - k)), acc);
+  }
 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)

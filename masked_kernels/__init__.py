@@ -10,6 +10,7 @@ from .nn import ConversionReport, mask_model_, materialize_, pack_model_, summar
 from .nn.config import MaskConfig
 from .prototype import Prototype, prototype_period
 from .rules import NM, Rule, Threshold, TopK
+from .storage import FormatError, SizeReport, load_masked, save_masked
 
 __version__ = "0.1.0"
 
@@ -17,13 +18,16 @@ __all__ = [
     "NM",
     "BackendError",
     "ConversionReport",
+    "FormatError",
     "MaskConfig",
     "PackedMask",
     "Prototype",
     "Rule",
+    "SizeReport",
     "Threshold",
     "TopK",
     "backends",
+    "load_masked",
     "mask_model_",
     "masked_conv2d",
     "masked_linear",
@@ -33,6 +37,7 @@ __all__ = [
     "pack_model_",
     "prototype_period",
     "recipes",
+    "save_masked",
     "scored_conv2d",
     "scored_linear",
     "summary",

@@ -15,11 +15,16 @@ from .backends._layout import conv_memory_format, words_per_row
 
 _library = torch.library.Library("masked_kernels", "DEF")
 
+NAMES: list[str] = []
+"""Every op, in the order of definition."""
+
 
 def _define(name: str, arguments: str, fake: Callable[..., Any]) -> Any:
     """Register ``masked_kernels::name(arguments, str backend) -> Tensor`` and return its default
     overload.
     """
+
+    NAMES.append(name)
 
     def run(*args: Any) -> Any:
         return select(name, args[-1], *args[:-1])(*args[:-1])

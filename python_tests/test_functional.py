@@ -191,6 +191,25 @@ def check_scored(got, function, inputs, weight, scores, mask, rule, grad_y, dtyp
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("period", ["dense", "K", "K+3"])
+def test_large_layer(period: str, dtype: torch.dtype, backend: str) -> None:
+    """Large enough for several blocks, panels and threads: rounding must not pile up with them."""
+    shape = (2048, 2048)
+    weight, mask = make_weight(period, shape, dtype), make_mask("random", shape)
+    x, bias = leaf(5, shape[1], dtype=dtype), leaf(shape[0], dtype=dtype)
+    grad_y = torch.randn(5, shape[0]).to(dtype)
+    y = mk.masked_linear(x, weight, mk.PackedMask.from_bool(mask), bias, backend=backend)
+    got = (y.detach(), *torch.autograd.grad(y, (x, bias), grad_y))
+    written = dense(weight, shape)
+    plain, truth = (
+        plain_grads(F.linear, (x, bias), written, mask, 1, grad_y, d)
+        for d in (dtype, torch.float64)
+    )
+    for name, *tensors in zip(("y", "grad x", "grad bias"), got, plain, truth, strict=False):
+        assert_within(name, *tensors)
+
+
 def test_linear_against_loops(backend: str) -> None:
     for case in (Linear(3, 5, 7), Linear(2, 4, 33), Linear(1, 3, 65)):
         x, bias = torch.randn(case.m, case.k), torch.randn(case.n)

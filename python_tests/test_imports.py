@@ -15,16 +15,17 @@ REPOSITORY = PACKAGE.parent
 LAYERS = {
     "backends": set(),
     "_checks": set(),
+    "_text": set(),
     "_ops": {"backends"},
     "mask": {"_ops", "_checks", "backends"},
     "prototype": {"_ops", "_checks", "backends"},
     "rules": {"_ops", "_checks", "backends", "mask"},
     "autograd": {"_ops"},
     "functional": {"autograd", "_checks", "backends", "mask", "prototype", "rules"},
-    "nn": {"functional", "_checks", "backends", "mask", "prototype", "rules"},
+    "nn": {"functional", "_checks", "_text", "backends", "mask", "prototype", "rules"},
     "recipes": {"nn", "rules"},
     "models": {"nn"},
-    "storage": {"_checks", "mask", "prototype", "rules", "nn", "models", "_host"},
+    "storage": {"_checks", "_text", "mask", "prototype", "rules", "nn", "models", "_host"},
     "training": {"backends", "mask", "prototype", "rules", "nn", "models", "recipes", "storage"},
 }
 

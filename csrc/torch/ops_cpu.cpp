@@ -190,6 +190,38 @@ Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& wor
   return y;
 }
 
+Tensor aligned_tiles_op(const Tensor& words, int64_t cols, int64_t patterns) {
+  const uint32_t* bits = words_of(words, cols);
+  const Shape shape{words.size(0), cols};
+  check(patterns >= 1, "patterns: got ", patterns, ", expected at least 1");
+  const int64_t blocks = AlignedRows(shape.rows, patterns).all_blocks();
+  Tensor tiles = empty({blocks, words_per_row(cols), AlignedRows::kBlock}, ScalarType::Int);
+  aligned_tiles(bits, shape, patterns, new_words(tiles), exec());
+  return tiles;
+}
+
+Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
+    const OptionalTensor& bias, const OptionalTensor& scale) {
+  const Shape shape = matrix("x", x);
+  const float* input = floats_of("x", x, shape.elements());
+  const int64_t period = period_of(values, rows * shape.cols);
+  const int64_t patterns = std::max<int64_t>(period / std::max<int64_t>(shape.cols, 1), 1);
+  check(shape.cols % period == 0 || period == patterns * shape.cols, "values: period ", period,
+      " does not align with rows of ", shape.cols);
+  check_dense("tiles", tiles, ScalarType::Int);
+  const int64_t count =
+      AlignedRows(rows, patterns).all_blocks() * words_per_row(shape.cols) * AlignedRows::kBlock;
+  check(tiles.numel() == count, "tiles: ", tiles.numel(), " words, expected ", count);
+  const float* weights = floats_of("values", values, values.numel());
+  const float* added = bias ? floats_of("bias", *bias, rows) : nullptr;
+  Tensor y = empty({shape.rows, rows}, ScalarType::Float);
+  aligned_linear(
+      {input, weights, period, patterns, static_cast<const uint32_t*>(tiles.const_data_ptr()),
+          added, scale_of(scale), shape.rows, rows, shape.cols, y.mutable_data_ptr<float>()},
+      exec());
+  return y;
+}
+
 void scored_grad_op(
     Tensor grad, const Tensor& values, const OptionalTensor& scores, const OptionalTensor& scale) {
   const int64_t count = grad.numel();
@@ -201,7 +233,9 @@ void scored_grad_op(
       exec());
 }
 
-std::string isa_op() { return name(active_isa()); }
+std::string isa_op() {
+  return name(active_isa());
+}
 
 } // namespace
 
@@ -217,6 +251,9 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("decode_(Tensor(a!) out, Tensor values, Tensor words, int row) -> ()");
   m.def("masked_linear(Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale) -> "
         "Tensor");
+  m.def("aligned_tiles(Tensor words, int cols, int patterns) -> Tensor");
+  m.def("aligned_linear(Tensor x, Tensor values, Tensor tiles, int rows, Tensor? bias, "
+        "Tensor? scale) -> Tensor");
   m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
 }
 
@@ -234,6 +271,8 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("select_nm", TORCH_BOX(&select_nm_op));
   m.impl("decode_", TORCH_BOX(&decode_op));
   m.impl("masked_linear", TORCH_BOX(&masked_linear_op));
+  m.impl("aligned_tiles", TORCH_BOX(&aligned_tiles_op));
+  m.impl("aligned_linear", TORCH_BOX(&aligned_linear_op));
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));
 }
 

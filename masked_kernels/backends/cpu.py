@@ -1,9 +1,11 @@
 """The native CPU backend: the kernels of ``csrc/cpu`` where they win, else decode and torch.
 
-``masked_linear`` has two ways. *Direct* reads bits and values inside the multiplication and never
-writes a dense weight: at small batch it moves a fraction of the bytes a dense layer would. *Panels*
-decodes some rows at a time into one scratch that stays in the L2 cache and hands it to the
-library: at large batch the decoding is lost in the multiplication. ``linear_plan`` chooses.
+``masked_linear`` has three ways, and ``linear_plan`` chooses. *Aligned* serves prototypes whose
+period fits the rows: x is scaled once and the bits alone select what is summed, at any batch in
+fewer instructions than a dense product. *Direct* reads bits and values inside the multiplication
+and never writes a dense weight: at small batch it moves a fraction of the bytes a dense layer
+would. *Panels* decodes some rows at a time into one scratch that stays in the L2 cache and hands
+it to the library: at large batch the decoding is lost in the multiplication.
 The kernels compute in float32; 16-bit inputs are widened where that is cheap. Threads are torch's
 (``torch.set_num_threads``).
 """
@@ -17,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._layout import conv_memory_format
 
 _LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PANEL_BYTES = 1 << 20  # half of a common L2 cache
+_ROWS_PER_PATTERN = 16  # one block of aligned_linear
 
 
 @functools.cache
@@ -58,14 +62,25 @@ def why_not(op: str, *args: object) -> str | None:
 
 def linear_plan(
     tokens: int, rows: int, cols: int, period: int, dtype: torch.dtype, isa: str
-) -> Literal["direct", "panels"]:
+) -> Literal["aligned", "direct", "panels"]:
     """How to multiply ``tokens`` inputs with a weight ``[rows, cols]`` of the given period."""
     if dtype == torch.float64 or isa == "scalar":
         return "panels"
+    if isa == "avx512" and (dtype == torch.float32 or tokens <= 32):
+        patterns = row_patterns(cols, period)
+        if patterns is not None and rows >= _ROWS_PER_PATTERN * patterns:
+            return "aligned"
     if dtype != torch.float32 and 4 * period > rows * cols:
         return "panels"  # widening the values would cost as much as decoding the weight
     most = 32 if isa == "avx512" else 4
     return "direct" if tokens <= most else "panels"
+
+
+def row_patterns(cols: int, period: int) -> int | None:
+    """The number of distinct weight rows if the period divides ``cols`` or is a multiple of it."""
+    if cols == 0 or period == 0 or cols % period == 0:
+        return 1
+    return period // cols if period % cols == 0 else None
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -112,7 +127,10 @@ def masked_linear(
     x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
 ) -> Tensor:
     rows = words.shape[0]
-    if linear_plan(x.shape[0], rows, x.shape[1], values.numel(), x.dtype, _isa()) == "direct":
+    plan = linear_plan(x.shape[0], rows, x.shape[1], values.numel(), x.dtype, _isa())
+    if plan == "aligned":
+        return _aligned_linear(x, values, words, bias, scale)
+    if plan == "direct":
         return _direct_linear(x, values, words, bias, scale)
     y = x.new_empty((x.shape[0], rows))
     for begin, end, panel in _panels(values, words, x.shape[1]):
@@ -125,6 +143,12 @@ def masked_linear(
 def masked_linear_grad_x(
     grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, cols: int
 ) -> Tensor:
+    plan = linear_plan(grad_y.shape[0], words.shape[0], cols, values.numel(), grad_y.dtype, _isa())
+    if plan == "aligned":
+        return _aligned_linear_grad_x(grad_y, values, words, scale, cols)
+    if grad_y.dtype in (torch.float16, torch.bfloat16):
+        # A sum over panels would round to 16 bits after each of them.
+        return grad_y @ _scaled_(decode(values, words, cols), scale)
     grad_x = grad_y.new_zeros((grad_y.shape[0], cols))
     for begin, end, panel in _panels(values, words, cols):
         grad_x.addmm_(grad_y[:, begin:end], panel, alpha=_number(scale))
@@ -156,20 +180,9 @@ def masked_conv2d(
     groups: int,
 ) -> Tensor:
     memory_format = conv_memory_format(x)
-    pointwise = (
-        memory_format == torch.channels_last
-        and groups == 1
-        and list(kernel_size) == list(stride) == [1, 1]
-        and list(padding) == [0, 0]
-    )
-    if pointwise:
-        pixels, channels = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1]
-        plan = linear_plan(pixels, words.shape[0], channels, values.numel(), x.dtype, _isa())
-        if plan == "direct":
-            tokens = x.permute(0, 2, 3, 1).reshape(pixels, channels)
-            y = _direct_linear(tokens, values, words, bias, scale)
-            y = y.view(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)
-            return y.contiguous(memory_format=memory_format)
+    if _is_pointwise(x, values, words, kernel_size, stride, padding, groups):
+        y = masked_linear(_as_tokens(x), values, words, bias, scale)
+        return _as_image(y, x).contiguous(memory_format=torch.channels_last)
     weight = _conv_weight(values, words, scale, x.shape[1] // groups, kernel_size)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return y.contiguous(memory_format=memory_format)
@@ -187,6 +200,9 @@ def masked_conv2d_grad_x(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
+    if _is_pointwise(grad_y, values, words, kernel_size, stride, padding, groups):
+        grad_tokens = masked_linear_grad_x(_as_tokens(grad_y), values, words, scale, x_size[1])
+        return _as_image(grad_tokens, grad_y).contiguous(memory_format=torch.channels_last)
     weight = _conv_weight(values, words, scale, x_size[1] // groups, kernel_size)
     grad_x: Tensor = conv2d_input(x_size, weight, grad_y, stride, padding, dilation, groups)
     return grad_x.contiguous(memory_format=conv_memory_format(grad_y))
@@ -263,6 +279,92 @@ def _direct_linear(
         _float(x), _float(values), words.contiguous(), _optional_float(bias), _optional_float(scale)
     )
     return y.to(x.dtype)
+
+
+def _aligned_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    patterns = row_patterns(x.shape[1], values.numel()) or 1
+    y: Tensor = _native().aligned_linear(
+        _float(x),
+        _float(values),
+        _tiles(words, x.shape[1], patterns),
+        words.shape[0],
+        _optional_float(bias),
+        _optional_float(scale),
+    )
+    return y.to(x.dtype)
+
+
+def _aligned_linear_grad_x(
+    grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, cols: int
+) -> Tensor:
+    """For each row pattern: the binary product with its transposed bits, times its values."""
+    patterns = row_patterns(cols, values.numel()) or 1
+    row_values = _float(values).repeat(max(cols // values.numel(), 1)).view(patterns, cols)
+    one = row_values.new_ones(1)
+    grad_x = None
+    for pattern in range(patterns):
+        bits = transpose(words[pattern::patterns], cols)
+        tiles = _native().aligned_tiles(bits, words[pattern::patterns].shape[0], 1)
+        grad_tokens = _float(grad_y[:, pattern::patterns])
+        part = _native().aligned_linear(grad_tokens, one, tiles, cols, None, _optional_float(scale))
+        part *= row_values[pattern]
+        grad_x = part if grad_x is None else grad_x.add_(part)
+    assert isinstance(grad_x, Tensor)
+    return grad_x.to(grad_y.dtype)
+
+
+_tiles_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""The tiles of masks in use, dropped with the mask's words: re-laying costs a batch-1 product."""
+
+
+def _tiles(words: Tensor, cols: int, patterns: int) -> Tensor:
+    """The words as ``aligned_linear`` reads them."""
+    tiles: Tensor
+    if words.is_inference():  # has no version, so a change would go unseen
+        tiles = _native().aligned_tiles(words.contiguous(), cols, patterns)
+        return tiles
+    key = (words._version, cols, patterns)
+    known, tiles = _tiles_of.get(words, (None, words))
+    if known != key:
+        tiles = _native().aligned_tiles(words.contiguous(), cols, patterns)
+        _tiles_of[words] = key, tiles
+    return tiles
+
+
+def _is_pointwise(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    groups: int,
+) -> bool:
+    """Whether the convolution is a linear layer over channels_last pixels, and faster as one."""
+    if (
+        conv_memory_format(x) != torch.channels_last
+        or groups != 1
+        or list(kernel_size) != [1, 1]
+        or list(stride) != [1, 1]
+        or list(padding) != [0, 0]
+    ):
+        return False
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    plan = linear_plan(pixels, words.shape[0], x.shape[1], values.numel(), x.dtype, _isa())
+    return plan != "panels"
+
+
+def _as_tokens(image: Tensor) -> Tensor:
+    """``[B, C, H, W]`` channels_last as ``[B * H * W, C]``."""
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _as_image(tokens: Tensor, like: Tensor) -> Tensor:
+    """``[B * H * W, C]`` as channels_last with the pixels of ``like``."""
+    batch, _, height, width = like.shape
+    return tokens.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _panels(values: Tensor, words: Tensor, cols: int) -> Iterator[tuple[int, int, Tensor]]:

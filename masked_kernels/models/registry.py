@@ -18,6 +18,10 @@ class ModelSpec:
     name: str
     arguments: dict[str, Any]
 
+    def __str__(self) -> str:
+        arguments = "".join(f", {key}={value!r}" for key, value in self.arguments.items())
+        return f"create_model({self.name!r}{arguments})"
+
 
 def register_model(builder: Builder) -> Builder:
     """Make ``builder(**arguments) -> nn.Module`` available under its function name."""

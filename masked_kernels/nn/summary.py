@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .._text import table
 from ..backends import AUTO, choose
 from ._layer import Conv2dGeometry, FrozenLayer
 
@@ -58,15 +59,10 @@ class Summary:
             )
             for layer in self.layers
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (header, *rows)
-        ]
         mask_bytes = sum(layer.mask_bytes for layer in self.layers)
         dense_bytes = sum(layer.dense_bytes for layer in self.layers)
         total = f"masks {mask_bytes:,} B + values {self.value_bytes:,} B; dense {dense_bytes:,} B"
-        return "\n".join([*lines, total])
+        return f"{table(header, rows)}\n{total}"
 
 
 def summary(model: nn.Module) -> Summary:

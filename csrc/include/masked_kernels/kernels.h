@@ -6,6 +6,8 @@
 #include "masked_kernels/isa.h"
 #include "masked_kernels/parallel.h"
 
+#include <algorithm>
+
 namespace masked_kernels {
 
 // Where a kernel runs.
@@ -77,6 +79,49 @@ struct MaskedLinear {
   float* y;
 };
 void masked_linear(const MaskedLinear& params, const Exec& exec);
+
+// The rows of a weight by the value vector they read: row o has pattern o % patterns. The rows of
+// one pattern are cut into blocks of 16.
+class AlignedRows {
+ public:
+  static constexpr int64_t kBlock = 16;
+
+  AlignedRows(int64_t rows, int64_t patterns) : rows_(rows), patterns_(patterns) {}
+
+  int64_t in_pattern(int64_t pattern) const {
+    return ceil_div(std::max<int64_t>(rows_ - pattern, 0), patterns_);
+  }
+  int64_t blocks(int64_t pattern) const { return ceil_div(in_pattern(pattern), kBlock); }
+  int64_t first_block(int64_t pattern) const {
+    int64_t count = 0;
+    for (int64_t p = 0; p < pattern; ++p)
+      count += blocks(p);
+    return count;
+  }
+  int64_t all_blocks() const { return first_block(patterns_); }
+  int64_t row(int64_t pattern, int64_t index) const { return pattern + index * patterns_; }
+
+ private:
+  int64_t rows_, patterns_;
+};
+
+// tiles [all blocks, ceil(cols / 32), 16] = the words of each block, one lane a row, 0 for rows
+// that are not there
+void aligned_tiles(
+    const uint32_t* words, Shape shape, int64_t patterns, uint32_t* tiles, const Exec& exec);
+
+// As masked_linear, for a period that divides K (patterns = 1) or is patterns * K.
+struct AlignedLinear {
+  const float* x;
+  const float* values;
+  int64_t period, patterns;
+  const uint32_t* tiles; // of aligned_tiles
+  const float* bias;     // [N] or null
+  float scale;
+  int64_t tokens, rows, cols; // M, N, K
+  float* y;
+};
+void aligned_linear(const AlignedLinear& params, const Exec& exec);
 
 // grad[i] *= scale * values[i % period] * (scores ? sign(scores[i]) : 1), in place
 struct ScoredGrad {

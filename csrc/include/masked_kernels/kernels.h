@@ -134,4 +134,21 @@ struct ScoredGrad {
 };
 void scored_grad(const ScoredGrad& params, const Exec& exec);
 
+// grad_weight [channels, kernel, kernel] of a depthwise convolution with stride 1
+struct DepthwiseGrad {
+  const float* grad_y; // [batch, out_height, out_width, channels]
+  const float* x;      // [batch, height, width, channels]
+  int64_t batch, channels, height, width;
+  int64_t kernel; // one that serves() names
+  int64_t pad_h, pad_w;
+  float* grad_weight;
+
+  static constexpr bool serves(int64_t kernel) {
+    return kernel == 3 || kernel == 5 || kernel == 7 || kernel == 9;
+  }
+  int64_t out_height() const { return height + 2 * pad_h - kernel + 1; }
+  int64_t out_width() const { return width + 2 * pad_w - kernel + 1; }
+};
+void depthwise_grad(const DepthwiseGrad& params, const Exec& exec);
+
 } // namespace masked_kernels

@@ -1,0 +1,89 @@
+"""The Triton backend: GPUs with Triton installed; in Triton's interpreter also CPU tensors.
+
+One kernel family a file, imported with the first call, so that importing the package does not
+import the ``triton`` library and does not initialise CUDA. ``config.py`` chooses between kernels
+and their tiles by pure functions.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HOME = {
+    "pack": "bits",
+    "unpack": "bits",
+    "popcount": "bits",
+    "transpose": "bits",
+    "decode": "bits",
+    "select_topk": "topk",
+    "select_threshold": "select",
+    "select_nm": "select",
+    "masked_linear": "linear",
+    "masked_linear_grad_x": "linear_grad",
+    "masked_linear_grad_weight": "linear_grad",
+    "scored_linear_grad_scores": "linear_grad",
+    "masked_conv2d": "conv2d",
+    "masked_conv2d_grad_x": "conv2d",
+    "masked_conv2d_grad_weight": "conv2d_grad",
+    "scored_conv2d_grad_scores": "conv2d_grad",
+}
+"""The file of each op."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = (8, 0)  # compute capability: bfloat16 and asynchronous copies
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def why_unavailable() -> str | None:
+    """None if kernels can run in this process, else the reason why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: run `pip install triton`"
+    if not interpreted() and not torch.cuda.is_available():
+        return "no CUDA device; set TRITON_INTERPRET=1 to run in the interpreter"
+    return None
+
+
+def why_not(op: str, *args: object) -> str | None:
+    """None if ``op`` can run on ``args`` here, else the reason why not."""
+    for arg in args:
+        if not isinstance(arg, Tensor):
+            continue
+        if arg.dtype == torch.float64 and arg.dim() > 0:  # a 0-d scale is read as float32
+            return f"{op} computes in float32 and got float64"
+        if arg.is_floating_point() and arg.dim() > 0 and arg.dtype not in _FLOATS:
+            return f"dtype {arg.dtype} is none of float32, bfloat16, float16"
+        if arg.is_cuda:
+            if reason := _too_old(arg.device):
+                return reason
+        elif not (interpreted() and arg.is_cpu):
+            return f"a tensor is on {arg.device}, expected a CUDA device"
+    return None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, which takes CPU tensors; it reads the
+    variable at import.
+    """
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _OLDEST:
+        return None
+    have, need = (".".join(map(str, pair)) for pair in (capability, _OLDEST))
+    return f"{device} has compute capability {have}, expected at least {need}"

@@ -1,0 +1,149 @@
+"""What the kernel files share: launching, dtypes, values read without a modulo, bits in a kernel."""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import interpreted
+
+_TL_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Kernels launch on the current device, which may be another than that of the tensors."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """What the operands of a product are; sums are float32.
+
+    The interpreter multiplies the bits of bfloat16 as integers, so there they are widened, which
+    changes no product.
+    """
+    if interpreted() and dtype == torch.bfloat16:
+        return tl.float32
+    return _TL_DTYPES[dtype]
+
+
+def dot_precision() -> str:
+    """How float32 operands are multiplied: as torch is set to."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def wrapped(values: Tensor, count: int, block: int) -> tuple[Tensor, int]:
+    """Flat values and their period, readable up to ``block`` past any start below the period.
+
+    ``count`` is the number of weights: values that reach to the last weight never wrap. Others are
+    copied and repeated past their end, so that a kernel wraps the start of a tile and no element.
+    """
+    flat = values.reshape(-1)
+    period = flat.numel()
+    if period == 0 or period >= count:
+        return flat, max(period, 1)
+    return flat.repeat(2 + (block - 1) // period)[: period + block], period
+
+
+def weight_arguments(
+    values: Tensor, words: Tensor, cols: int, block: int
+) -> tuple[Tensor, Tensor, int, int, int]:
+    """A masked weight as kernels take it, in tiles that read up to ``block`` values at a time:
+    values, words, cols, words per row, period.
+    """
+    flat, period = wrapped(values, words.shape[0] * cols, block)
+    return flat, words.contiguous(), cols, words.shape[1], period
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(t: Tensor) -> int:
+    """How many programs occupy the device of ``t``; four stand for a GPU in the interpreter."""
+    return 2 * _multiprocessors(t.device) if t.is_cuda else 4
+
+
+@triton.jit
+def program_tile(cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows [ROWS] and first column of this program's tile. One axis of the grid counts them all, as
+    only the first may be long and a weight may be one long row.
+    """
+    across = tl.cdiv(cols, COLS)
+    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
+    return row, tl.program_id(0) % across * COLS
+
+
+@triton.jit
+def row_starts(rows, col, cols, period):
+    """Index of the value at column ``col`` of each row."""
+    return (rows.to(tl.int64) * cols + col) % period
+
+
+@triton.jit
+def advanced(starts, step, period):
+    """``starts`` moved by a step that is smaller than the period."""
+    starts += step
+    return tl.where(starts >= period, starts - period, starts)
+
+
+@triton.jit
+def load_bits(words, rows, row_ok, first, words_per_row, BLOCK: tl.constexpr):
+    """Bits [rows, BLOCK] from word ``first`` of each row on; false past the end of a row."""
+    column = first + tl.arange(0, BLOCK // 32)
+    word = tl.load(
+        words + rows.to(tl.int64)[:, None] * words_per_row + column[None, :],
+        mask=row_ok[:, None] & (column < words_per_row)[None, :],
+        other=0,
+    )  # [rows, BLOCK / 32]
+    bits = (word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, (rows.shape[0], BLOCK)) != 0
+
+
+@triton.jit
+def load_values(values, row_ok, starts, col, cols, BLOCK: tl.constexpr):
+    """Values [rows, BLOCK] from the starts on; ``col`` is the column they are for."""
+    lane = tl.arange(0, BLOCK)
+    ok = row_ok[:, None] & (col + lane < cols)[None, :]
+    return tl.load(values + starts[:, None] + lane[None, :], mask=ok, other=0.0)
+
+
+@triton.jit
+def load_weight(weight, rows, row_ok, starts, col, BLOCK: tl.constexpr):
+    """Masked weights [rows, BLOCK] of the columns from ``col`` on, a multiple of 32."""
+    values, words, cols, words_per_row, _period = weight
+    bits = load_bits(words, rows, row_ok, col // 32, words_per_row, BLOCK)
+    return tl.where(bits, load_values(values, row_ok, starts, col, cols, BLOCK), 0.0)
+
+
+@triton.jit
+def store_tile(out, tile, rows, cols, row, first, BLOCK: tl.constexpr):
+    """A tile [row, BLOCK] of a contiguous ``[rows, cols]`` from column ``first`` on."""
+    col = first + tl.arange(0, BLOCK)
+    at = out + row.to(tl.int64)[:, None] * cols + col[None, :]
+    ok = (row < rows)[:, None] & (col < cols)[None, :]
+    tl.store(at, tile.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def pack_bits(bits):
+    """Words [A] of bits [A, 32]."""
+    return tl.sum(bits.to(tl.int32) << tl.arange(0, 32)[None, :], axis=1)
+
+
+@triton.jit
+def word_elements(first, rows, cols, words_per_row, BLOCK: tl.constexpr):
+    """Of BLOCK consecutive words in flat order: row [BLOCK], column [BLOCK, 32], and whether the
+    matrix has that element.
+    """
+    word = first + tl.arange(0, BLOCK)
+    row = word // words_per_row
+    column = (word % words_per_row)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    return row, column, (row < rows)[:, None] & (column < cols)

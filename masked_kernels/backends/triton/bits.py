@@ -1,0 +1,145 @@
+"""pack, unpack, popcount, transpose, decode: one pass over the bits each."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._layout import words_per_row
+from ._helpers import (
+    load_bits,
+    load_weight,
+    on_device,
+    pack_bits,
+    program_tile,
+    row_starts,
+    store_tile,
+    weight_arguments,
+    word_elements,
+)
+
+_WORDS = 64  # per program of pack
+_ROWS, _COLS = 16, 128  # per program of unpack and decode
+
+
+def pack(mask: Tensor) -> Tensor:
+    rows, cols = mask.shape
+    words = mask.new_empty((rows, words_per_row(cols)), dtype=torch.int32)
+    if words.numel():
+        with on_device(mask):
+            _pack_kernel[(triton.cdiv(words.numel(), _WORDS),)](
+                mask.view(torch.uint8), words, rows, cols, words.shape[1], *mask.stride(), _WORDS
+            )
+    return words
+
+
+def unpack(words: Tensor, cols: int) -> Tensor:
+    rows = words.shape[0]
+    mask = words.new_empty((rows, cols), dtype=torch.bool)
+    if mask.numel():
+        words = words.contiguous()
+        with on_device(words):
+            _unpack_kernel[(triton.cdiv(rows, _ROWS) * triton.cdiv(cols, _COLS),)](
+                words, mask.view(torch.uint8), rows, cols, words.shape[1], _ROWS, _COLS
+            )
+    return mask
+
+
+def popcount(words: Tensor) -> Tensor:
+    counts = words.new_empty(words.shape[0], dtype=torch.int64)
+    if counts.numel():
+        words = words.contiguous()
+        with on_device(words):
+            _popcount_kernel[(triton.cdiv(words.shape[0], _ROWS),)](
+                words, counts, *words.shape, _ROWS, _COLS
+            )
+    return counts
+
+
+def transpose(words: Tensor, cols: int) -> Tensor:
+    rows = words.shape[0]
+    transposed = words.new_empty((cols, words_per_row(rows)))
+    if transposed.numel():
+        words = words.contiguous()
+        with on_device(words):
+            _transpose_kernel[(transposed.shape[1] * words.shape[1],)](
+                words, transposed, rows, cols, words.shape[1], transposed.shape[1]
+            )
+    return transposed
+
+
+def decode(values: Tensor, words: Tensor, cols: int) -> Tensor:
+    rows = words.shape[0]
+    weight = values.new_empty((rows, cols))
+    if weight.numel():
+        arguments = weight_arguments(values, words, cols, _COLS)
+        with on_device(words):
+            _decode_kernel[(triton.cdiv(rows, _ROWS) * triton.cdiv(cols, _COLS),)](
+                arguments, weight, rows, _ROWS, _COLS
+            )
+    return weight
+
+
+@triton.jit
+def _pack_kernel(
+    mask, words, rows, cols, words_per_row, stride_row, stride_col, BLOCK: tl.constexpr
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row, col, ok = word_elements(first, rows, cols, words_per_row, BLOCK)
+    bits = tl.load(mask + row[:, None] * stride_row + col * stride_col, mask=ok, other=0)
+    word = first + tl.arange(0, BLOCK)
+    tl.store(words + word, pack_bits(bits), mask=word < rows * words_per_row)
+
+
+@triton.jit
+def _unpack_kernel(
+    words, mask, rows, cols, words_per_row, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    row, first = program_tile(cols, ROWS, COLS)
+    bits = load_bits(words, row, row < rows, first // 32, words_per_row, COLS)
+    store_tile(mask, bits, rows, cols, row, first, COLS)
+
+
+@triton.jit
+def _popcount_kernel(
+    words, counts, rows, words_per_row, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    count = tl.zeros((ROWS,), tl.int64)
+    for first in range(0, words_per_row, COLS):
+        col = first + tl.arange(0, COLS)
+        word = tl.load(
+            words + row.to(tl.int64)[:, None] * words_per_row + col[None, :],
+            mask=(row < rows)[:, None] & (col < words_per_row)[None, :],
+            other=0,
+        ).to(tl.uint32, bitcast=True)
+        # Sums of 2, then 4, then 8 neighbouring bits, side by side in the word.
+        word = word - ((word >> 1) & 0x55555555)
+        word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+        word = (word + (word >> 4)) & 0x0F0F0F0F
+        word = word + (word >> 8)
+        word = (word + (word >> 16)) & 0x3F
+        count += tl.sum(word.to(tl.int32), axis=1)
+    tl.store(counts + row, count, mask=row < rows)
+
+
+@triton.jit
+def _transpose_kernel(words, transposed, rows, cols, words_per_row, words_per_col):
+    """One block of 32 x 32 bits."""
+    row_word = tl.program_id(0) // words_per_row
+    col_word = tl.program_id(0) % words_per_row
+    row = row_word * 32 + tl.arange(0, 32)
+    word = tl.load(words + row.to(tl.int64) * words_per_row + col_word, mask=row < rows, other=0)
+    bits = (word[None, :] >> tl.arange(0, 32)[:, None]) & 1  # [col, row]
+    col = col_word * 32 + tl.arange(0, 32)
+    out = transposed + col.to(tl.int64) * words_per_col + row_word
+    tl.store(out, pack_bits(bits), mask=col < cols)
+
+
+@triton.jit
+def _decode_kernel(weight, decoded, rows, ROWS: tl.constexpr, COLS: tl.constexpr):
+    cols, period = weight[2], weight[4]
+    row, first = program_tile(cols, ROWS, COLS)
+    starts = row_starts(row, first, cols, period)
+    tile = load_weight(weight, row, row < rows, starts, first, COLS)
+    store_tile(decoded, tile, rows, cols, row, first, COLS)

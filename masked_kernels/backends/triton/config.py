@@ -57,3 +57,19 @@ def grad_tile(rows: int, dtype: torch.dtype) -> GradTile:
     if dtype == torch.float32 or rows <= 64:
         return GradTile(rows=64, depth=32)
     return GradTile(rows=128, depth=64, warps=8)
+
+
+@dataclass(frozen=True)
+class DepthwiseTile:
+    """Pixels and rows of the weight (channels, for the gradient by x) of one program."""
+
+    pixels: int
+    rows: int
+
+
+def depthwise_tile(pixels: int, rows: int) -> DepthwiseTile:
+    return DepthwiseTile(pixels=64, rows=64) if rows >= 64 else DepthwiseTile(pixels=128, rows=16)
+
+
+def depthwise_grad_tile(rows: int) -> DepthwiseTile:
+    return DepthwiseTile(pixels=64, rows=32)

@@ -53,7 +53,7 @@ def masked_linear_grad_weight(
     grad_y: Tensor, x: Tensor, words: Tensor, scale: Tensor | None
 ) -> Tensor:
     grad = grad_y.new_empty((grad_y.shape[1], x.shape[1]))
-    _fill(masked_grad(grad, words, scale), grad_y, x)
+    fill_grad(masked_grad(grad, words, scale), grad_y, x)
     return grad
 
 
@@ -61,11 +61,12 @@ def scored_linear_grad_scores(
     grad_y: Tensor, x: Tensor, values: Tensor, scores: Tensor, scale: Tensor | None, absolute: bool
 ) -> Tensor:
     grad = scores.new_empty(scores.shape)
-    _fill(scored_grad(grad, values, scores, scale, absolute), grad_y, x)
+    fill_grad(scored_grad(grad, values, scores, scale, absolute), grad_y, x)
     return grad
 
 
-def _fill(target: WeightGrad, grad_y: Tensor, x: Tensor) -> None:
+def fill_grad(target: WeightGrad, grad_y: Tensor, x: Tensor) -> None:
+    """Fill the gradient with what becomes of ``grad_yᵀ x``."""
     if target.grad.numel() == 0:
         return
     tokens = x.shape[0]

@@ -1,0 +1,136 @@
+"""What the convolution files share: geometry on the host and in kernels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._layout import conv_memory_format
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution of an image ``[batch, channels, height, width]``."""
+
+    batch: int
+    channels: int
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @staticmethod
+    def of(
+        x_size: Sequence[int],
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> "Geometry":
+        batch, channels, *size = x_size
+        pairs = (tuple(pair) for pair in (size, kernel_size, stride, padding, dilation))
+        return Geometry(batch, channels, *pairs, groups)
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        spans = zip(
+            self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True
+        )
+        height, width = (
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in spans
+        )
+        return height, width
+
+    @property
+    def out_pixels(self) -> int:
+        height, width = self.out_size
+        return self.batch * height * width
+
+    @property
+    def in_pixels(self) -> int:
+        return self.batch * self.size[0] * self.size[1]
+
+    @property
+    def group_channels(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def cols(self) -> int:
+        return self.group_channels * self.kernel[0] * self.kernel[1]
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it is a linear layer over the pixels."""
+        return (
+            self.groups == 1
+            and self.kernel == self.stride == (1, 1)
+            and self.padding == (0, 0)
+        )
+
+    def arguments(self) -> tuple[int, ...]:
+        """What ``window`` and ``window_back`` take: pairs of size, out_size, stride, padding,
+        dilation.
+        """
+        return (*self.size, *self.out_size, *self.stride, *self.padding, *self.dilation)
+
+
+def is_channels_last(image: Tensor) -> bool:
+    return conv_memory_format(image) == torch.channels_last
+
+
+def new_image(like: Tensor, size: Sequence[int]) -> Tensor:
+    """An empty image in the memory format of ``like``."""
+    return torch.empty(
+        size, dtype=like.dtype, device=like.device, memory_format=conv_memory_format(like)
+    )
+
+
+def as_tokens(image: Tensor) -> Tensor:
+    """``[B, C, H, W]`` channels_last as ``[B * H * W, C]``."""
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def as_image(tokens: Tensor, like: Tensor) -> Tensor:
+    """``[B * H * W, C]`` as channels_last with the pixels of ``like``."""
+    batch, _, height, width = like.shape
+    image = tokens.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+@triton.jit
+def pixel_of(index, height, width):
+    """Image, row and column of pixels counted over a batch."""
+    return index // (height * width), index // width % height, index % width
+
+
+@triton.jit
+def window(geometry, out_row, out_col):
+    """Row and column of the first input pixel that the windows at output pixels read."""
+    row = out_row * geometry[4] - geometry[6]
+    col = out_col * geometry[5] - geometry[7]
+    return row, col
+
+
+@triton.jit
+def window_back(geometry, row, col, r, s):
+    """The output pixels whose window reads the given input pixels at kernel position (r, s): row,
+    column, and whether there is one.
+    """
+    down = row + geometry[6] - r * geometry[8]
+    right = col + geometry[7] - s * geometry[9]
+    out_row, out_col = down // geometry[4], right // geometry[5]
+    ok = (down >= 0) & (right >= 0) & (out_row < geometry[2]) & (out_col < geometry[3])
+    ok &= (out_row * geometry[4] == down) & (out_col * geometry[5] == right)
+    return out_row, out_col, ok
+
+
+@triton.jit
+def in_bounds(row, col, height, width):
+    return (row >= 0) & (row < height) & (col >= 0) & (col < width)

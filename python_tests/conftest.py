@@ -2,6 +2,8 @@
 backend.
 """
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -16,6 +18,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-backend",
         default="",
         help="comma-separated backends that must be available: a broken build fails, not skips",
+    )
+    parser.addoption("--backend", help="run only the tests that run on a backend, on this one")
+    parser.addoption(
+        "--every",
+        type=int,
+        default=1,
+        help="run every Nth test of each function; choose N prime to the lengths of the parameter "
+        "lists, so that every value of each is still met",
     )
 
 
@@ -34,6 +44,24 @@ def _poisoned_memory():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    backend, every = config.getoption("--backend"), config.getoption("--every")
+    seen: Counter[str] = Counter()
+    chosen = []
+    for item in items:
+        if backend is None or _backend_of(item) == backend:
+            if seen[item.nodeid.partition("[")[0]] % every == 0:
+                chosen.append(item)
+            seen[item.nodeid.partition("[")[0]] += 1
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+def _backend_of(item: pytest.Item) -> object:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("backend") if callspec else None
 
 
 @pytest.fixture(params=_PRESENT)

@@ -1,0 +1,85 @@
+"""Every Triton kernel compiles ahead of time for GPUs that are not here, and its code is read.
+
+What the kernels compute is tested elsewhere: on a GPU, or in the interpreter by
+``TRITON_INTERPRET=1 pytest --backend=triton``.
+"""
+
+import os
+
+import pytest
+import torch
+
+from masked_kernels import _ops
+from masked_kernels.backends import triton as backend
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from bench import aot
+
+DTYPE = torch.bfloat16
+
+
+def calls() -> dict[str, list[tuple[object, ...]]]:
+    """Arguments of every op, of sizes that take every kernel of the backend."""
+    words, scale = torch.zeros(256, 8, dtype=torch.int32), torch.tensor(0.5)
+    x, prototype, scores = _draw(512, 256), _draw(66), torch.randn(256, 256)
+    image = _draw(8, 64, 16, 16).contiguous(memory_format=torch.channels_last)
+    kernel_words, kernel_scores = torch.zeros(64, 18, dtype=torch.int32), torch.randn(64, 64, 3, 3)
+    filter_words, filter_scores = torch.zeros(64, 1, dtype=torch.int32), torch.randn(64, 1, 5, 5)
+    full, depthwise = ([1, 1], [1, 1], [1, 1], 1), ([1, 1], [2, 2], [1, 1], 64)
+    size = list(image.shape)
+    return {
+        "pack": [(torch.zeros(256, 256, dtype=torch.bool),)],
+        "unpack": [(words, 256)],
+        "popcount": [(words,)],
+        "transpose": [(words, 256)],
+        "select_topk": [(scores, 100, True)],
+        "select_threshold": [(scores, 0.5)],
+        "select_nm": [(scores, 2, 4, True)],
+        "decode": [(prototype, words, 256)],
+        "masked_linear": [
+            (x[:1], prototype, words, None, None),
+            (x, prototype, words, _draw(256), scale),
+            (x.float(), prototype.float(), words, None, None),
+        ],
+        "masked_linear_grad_x": [(x, prototype, words, scale, 256)],
+        "masked_linear_grad_weight": [(x, x, words, scale)],
+        "scored_linear_grad_scores": [(x, x, prototype, scores, scale, True)],
+        "masked_conv2d": [
+            (image, prototype, kernel_words, None, scale, [3, 3], *full),
+            (image, prototype, filter_words, _draw(64), None, [5, 5], *depthwise),
+        ],
+        "masked_conv2d_grad_x": [
+            (image, prototype, kernel_words, scale, size, [3, 3], *full),
+            (image, prototype, filter_words, None, size, [5, 5], *depthwise),
+        ],
+        "masked_conv2d_grad_weight": [
+            (image, image, kernel_words, scale, [3, 3], *full),
+            (image, image, filter_words, None, [5, 5], *depthwise),
+        ],
+        "scored_conv2d_grad_scores": [
+            (image, image, prototype, kernel_scores, scale, True, *full),
+            (image, image, prototype, filter_scores, None, True, *depthwise),
+        ],
+    }
+
+
+def _draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).to(DTYPE)
+
+
+def test_every_op_has_a_call() -> None:
+    assert set(calls()) == set(_ops.NAMES)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("name", _ops.NAMES)
+def test_compiles(name: str, target: str) -> None:
+    for arguments in calls()[name]:
+        kernels = aot.compiled(lambda args=arguments: getattr(backend, name)(*args), target)
+        assert kernels
+        for kernel in kernels:
+            assert kernel.metadata.target == aot.TARGETS[target]
+            assert len(kernel.asm["hsaco" if target == "gfx942" else "cubin"]) > 0

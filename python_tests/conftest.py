@@ -24,8 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--every",
         type=int,
         default=1,
-        help="run every Nth test of each function; choose N prime to the lengths of the parameter "
-        "lists, so that every value of each is still met",
+        help="run every Nth test of each function that has over 50; choose N prime to the lengths "
+        "of their lists of parameters, so that every value of each is still met",
     )
 
 
@@ -48,15 +48,21 @@ def _poisoned_memory():
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     backend, every = config.getoption("--backend"), config.getoption("--every")
+    asked = [item for item in items if backend is None or _backend_of(item) == backend]
+    size = Counter(map(_function_of, asked))
     seen: Counter[str] = Counter()
     chosen = []
-    for item in items:
-        if backend is None or _backend_of(item) == backend:
-            if seen[item.nodeid.partition("[")[0]] % every == 0:
-                chosen.append(item)
-            seen[item.nodeid.partition("[")[0]] += 1
+    for item in asked:
+        function = _function_of(item)
+        if size[function] <= 50 or seen[function] % every == 0:
+            chosen.append(item)
+        seen[function] += 1
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+def _function_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
 
 
 def _backend_of(item: pytest.Item) -> object:

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from bench import aot
+from bench import aot, sass
 
 DTYPE = torch.bfloat16
 
@@ -25,6 +25,7 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
     """Arguments of every op, of sizes that take every kernel of the backend."""
     words, scale = torch.zeros(256, 8, dtype=torch.int32), torch.tensor(0.5)
     x, prototype, scores = _draw(512, 256), _draw(66), torch.randn(256, 256)
+    wide = torch.zeros(1024, 64, dtype=torch.int32)  # 1024 x 2048
     image = _draw(8, 64, 16, 16).contiguous(memory_format=torch.channels_last)
     kernel_words, kernel_scores = torch.zeros(64, 18, dtype=torch.int32), torch.randn(64, 64, 3, 3)
     filter_words, filter_scores = torch.zeros(64, 1, dtype=torch.int32), torch.randn(64, 1, 5, 5)
@@ -43,6 +44,8 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
             (x[:1], prototype, words, None, None),
             (x, prototype, words, _draw(256), scale),
             (x.float(), prototype.float(), words, None, None),
+            (_draw(4, 2048), _draw(2048), wide, None, scale),
+            (_draw(4, 2048).half(), _draw(64).half(), wide, None, None),
         ],
         "masked_linear_grad_x": [(x, prototype, words, scale, 256)],
         "masked_linear_grad_weight": [(x, x, words, scale)],
@@ -83,3 +86,15 @@ def test_compiles(name: str, target: str) -> None:
         for kernel in kernels:
             assert kernel.metadata.target == aot.TARGETS[target]
             assert len(kernel.asm["hsaco" if target == "gfx942" else "cubin"]) > 0
+
+
+def test_inner_loops_are_what_the_table_says() -> None:
+    """docs/results/sass.md is made by ``python -m bench.sass``; targets are those of issue 4."""
+    rows = sass.measured()
+    assert sass.render(rows) == (sass.TABLE).read_text()
+    for row in rows:
+        assert row.stack == 0, row
+        if row.kernel.startswith("aligned"):
+            assert row.per_weight <= 2.7, row
+        if row.target == "sm_90" and row.kernel.startswith("large"):
+            assert "HGMMA" in row.loop, row

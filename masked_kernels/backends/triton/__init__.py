@@ -34,7 +34,12 @@ _HOME = {
 }
 """The file of each op."""
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_TAKEN = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.bool)
+"""Dtypes of tensors that kernels read; a 0-d scale may have any and is read as float32."""
+
+_COPIES = ("decode",)
+"""Ops that move values of any dtype and compute nothing."""
+
 _OLDEST = (8, 0)  # compute capability: bfloat16 and asynchronous copies
 
 
@@ -58,10 +63,8 @@ def why_not(op: str, *args: object) -> str | None:
     for arg in args:
         if not isinstance(arg, Tensor):
             continue
-        if arg.dtype == torch.float64 and arg.dim() > 0:  # a 0-d scale is read as float32
-            return f"{op} computes in float32 and got float64"
-        if arg.is_floating_point() and arg.dim() > 0 and arg.dtype not in _FLOATS:
-            return f"dtype {arg.dtype} is none of float32, bfloat16, float16"
+        if arg.dtype not in _TAKEN and arg.dim() > 0 and op not in _COPIES:
+            return f"{op} computes in float32 and got {str(arg.dtype).removeprefix('torch.')}"
         if arg.is_cuda:
             if reason := _too_old(arg.device):
                 return reason

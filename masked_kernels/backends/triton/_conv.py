@@ -39,9 +39,7 @@ class Geometry:
 
     @property
     def out_size(self) -> tuple[int, int]:
-        spans = zip(
-            self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True
-        )
+        spans = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         height, width = (
             (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for size, kernel, stride, padding, dilation in spans
@@ -68,11 +66,7 @@ class Geometry:
     @property
     def pointwise(self) -> bool:
         """Whether it is a linear layer over the pixels."""
-        return (
-            self.groups == 1
-            and self.kernel == self.stride == (1, 1)
-            and self.padding == (0, 0)
-        )
+        return self.groups == 1 and self.kernel == self.stride == (1, 1) and self.padding == (0, 0)
 
     def arguments(self) -> tuple[int, ...]:
         """What ``window`` and ``window_back`` take: pairs of size, out_size, stride, padding,
@@ -104,10 +98,23 @@ def as_image(tokens: Tensor, like: Tensor) -> Tensor:
     return image.contiguous(memory_format=torch.channels_last)
 
 
+def convolution_grads(
+    grad_y: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+) -> list[Tensor]:
+    """torch's gradients by x and by the weight, None where not wanted."""
+    g = geometry
+    pairs = (g.stride, g.padding, g.dilation)
+    grads: list[Tensor] = torch.ops.aten.convolution_backward(
+        grad_y, x, weight, None, *pairs, False, (0, 0), g.groups, (*wanted, False)
+    )
+    return grads
+
+
 @triton.jit
 def pixel_of(index, height, width):
-    """Image, row and column of pixels counted over a batch."""
-    return index // (height * width), index // width % height, index % width
+    """Image (64 bits, to be multiplied by its stride), row and column of pixels of a batch."""
+    image = index // (height * width)
+    return image.to(tl.int64), index // width % height, index % width
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What the kernel files share: launching, dtypes, values read without a modulo, bits in a kernel."""
+"""What the kernel files share: launching, dtypes, values without a modulo, bits in a kernel."""
 
 import contextlib
 import functools
@@ -20,6 +20,16 @@ _TL_DTYPES = {
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
     """Kernels launch on the current device, which may be another than that of the tensors."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def takes_weights_from_registers(t: Tensor) -> bool:
+    """Whether large products of the device read their left operand from registers: all before
+    Blackwell, whose own instruction wants memory, while its older one does not.
+    """
+    if interpreted():
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend != "cuda" or target.arch < 100
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -80,6 +80,12 @@ def decode(values: Tensor, words: Tensor, cols: int) -> Tensor:
     return weight
 
 
+def decoded(values: Tensor, words: Tensor, cols: int, scale: Tensor | None) -> Tensor:
+    """``scale * (w ⊙ m)``"""
+    weight = decode(values, words, cols)
+    return weight if scale is None else weight.mul_(scale)
+
+
 @triton.jit
 def _pack_kernel(
     mask, words, rows, cols, words_per_row, stride_row, stride_col, BLOCK: tl.constexpr
@@ -92,18 +98,14 @@ def _pack_kernel(
 
 
 @triton.jit
-def _unpack_kernel(
-    words, mask, rows, cols, words_per_row, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def _unpack_kernel(words, mask, rows, cols, words_per_row, ROWS: tl.constexpr, COLS: tl.constexpr):
     row, first = program_tile(cols, ROWS, COLS)
     bits = load_bits(words, row, row < rows, first // 32, words_per_row, COLS)
     store_tile(mask, bits, rows, cols, row, first, COLS)
 
 
 @triton.jit
-def _popcount_kernel(
-    words, counts, rows, words_per_row, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def _popcount_kernel(words, counts, rows, words_per_row, ROWS: tl.constexpr, COLS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     count = tl.zeros((ROWS,), tl.int64)
     for first in range(0, words_per_row, COLS):

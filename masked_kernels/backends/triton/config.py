@@ -1,9 +1,9 @@
 """Which kernel and which tile serve a problem: pure functions of sizes and dtype, no tuning."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-
 
 GRAD_COLS = 64
 """Columns of the tiles of every weight-shaped gradient."""
@@ -34,12 +34,72 @@ def linear_tile(tokens: int, rows: int, dtype: torch.dtype) -> Tile:
     return Tile(rows=128, tokens=128, depth=64, warps=8)
 
 
-def parts(tiles: int, steps: int, programs: int) -> int:
+def parts(tiles: int, steps: int, programs: int, least: int = 4) -> int:
     """Into how many parts a sum of ``steps`` steps is cut so that about ``programs`` run at once.
 
-    Every part has at least four steps, so that the loop outweighs the pass that adds the parts.
+    Every part has at least ``least`` steps, so that the loop outweighs the adding of the parts.
     """
-    return max(1, min(programs // max(tiles, 1), steps // 4))
+    return max(1, min(programs // max(tiles, 1), steps // least))
+
+
+def linear_plan(
+    tokens: int, rows: int, cols: int, period: int, dtype: torch.dtype
+) -> Literal["planes", "tiles", "library"]:
+    """How to multiply ``tokens`` inputs with a weight ``[rows, cols]``.
+
+    *Planes* (``linear_small.py``) takes three launches where *tiles* takes one, so the weight must
+    be large enough that instructions count. *Library* writes the decoded weight once and hands it
+    to torch: with many tokens the decoding is lost in the product. The bounds are estimates from
+    bytes and instructions, not measurements.
+    """
+    aligned = period > 0 and cols % period == 0
+    if aligned and tokens * slices(dtype) <= 64 and cols >= 1024 and rows * cols >= 1 << 20:
+        return "planes"
+    return "library" if tokens >= many_tokens(dtype) else "tiles"
+
+
+def many_tokens(dtype: torch.dtype) -> int:
+    """From how many tokens on a library's product of the decoded weight is the better one; exact
+    float32 does without tensor cores, where Triton is no match.
+    """
+    return 64 if dtype == torch.float32 else 256
+
+
+def conv_plan(pixels: int, dtype: torch.dtype) -> Literal["gather", "library"]:
+    """How to convolve into ``pixels`` pixels: gather tiles of the image, or decode and call torch.
+
+    A weight is small beside the images that it is meant for, so that decoding it costs little.
+    """
+    return "library" if pixels >= 4 * many_tokens(dtype) else "gather"
+
+
+def slices(dtype: torch.dtype) -> int:
+    """Numbers of 16 bits that one of ``dtype`` is cut into."""
+    return 3 if dtype == torch.float32 else 1
+
+
+@dataclass(frozen=True)
+class PlanesTile:
+    """Rows of the weight, slots for tokens, and halves of words in one step of the loop."""
+
+    rows: int
+    slots: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def planes_tile(slots: int, from_registers: bool = True) -> PlanesTile:
+    """For ``slots`` slots in use. Tall tiles, as each reads all of x anew.
+
+    Two warps are too few for the instruction of Blackwell that takes no registers
+    (``from_registers`` is False), so that the compiler falls back on the older one.
+    """
+    slots = 16 if slots <= 16 else 32 if slots <= 32 else 64
+    depth = 32 if slots == 64 else 64  # what fits into shared memory, twice
+    if from_registers:
+        return PlanesTile(rows=128, slots=slots, depth=depth, warps=4, stages=2)
+    return PlanesTile(rows=64, slots=slots, depth=depth, warps=2, stages=2)
 
 
 @dataclass(frozen=True)

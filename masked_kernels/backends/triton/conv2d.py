@@ -5,15 +5,18 @@ Columns of the weight keep their flat order: channel, then kernel position. Conv
 channel a group go to ``depthwise.py``, pointwise ones on channels_last to ``linear.py``.
 """
 
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._layout import conv_memory_format
 from . import config
 from ._conv import (
     Geometry,
     as_image,
     as_tokens,
+    convolution_grads,
     in_bounds,
     is_channels_last,
     new_image,
@@ -30,6 +33,7 @@ from ._helpers import (
     row_starts,
     weight_arguments,
 )
+from .bits import decoded
 from .depthwise import depthwise_conv2d, depthwise_conv2d_grad_x
 from .linear import masked_linear
 from .linear_grad import masked_linear_grad_x
@@ -57,6 +61,12 @@ def masked_conv2d(
     if geometry.group_channels == 1:
         depthwise_conv2d(y, x, values, words, bias, scale, geometry)
         return y
+    if config.conv_plan(geometry.out_pixels, x.dtype) == "library":
+        weight = decoded(values, words, geometry.cols, scale).view(
+            rows, geometry.group_channels, *kernel_size
+        )
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return y.contiguous(memory_format=conv_memory_format(x))
     group_rows = rows // groups
     tile = config.linear_tile(geometry.out_pixels, group_rows, x.dtype)
     tiles = triton.cdiv(group_rows, tile.rows) * triton.cdiv(geometry.out_pixels, tile.tokens)
@@ -107,6 +117,14 @@ def masked_conv2d_grad_x(
     if geometry.group_channels == 1:
         depthwise_conv2d_grad_x(grad_x, grad_y, values, words, scale, geometry)
         return grad_x
+    if config.conv_plan(geometry.in_pixels, grad_y.dtype) == "library":
+        weight = decoded(values, words, geometry.cols, scale).view(
+            words.shape[0], geometry.group_channels, *kernel_size
+        )
+        # Of x only the size and layout matter; grad_x has them.
+        return convolution_grads(grad_y, grad_x, weight, geometry, (True, False))[0].contiguous(
+            memory_format=conv_memory_format(grad_y)
+        )
     group_rows = words.shape[0] // groups
     tile = config.linear_tile(geometry.in_pixels, geometry.group_channels, grad_y.dtype)
     reach = tile.rows * kernel_size[0] * kernel_size[1]
@@ -166,7 +184,6 @@ def _masked_conv2d_kernel(
     row, row_ok = group * group_rows + in_group, in_group < group_rows
     pixel = tl.program_id(0) // down * PIXELS + tl.arange(0, PIXELS)
     image, out_row, out_col = pixel_of(pixel, geometry[2], geometry[3])
-    image = image.to(tl.int64)
     top, left = window(geometry, out_row, out_col)
     base = x + group.to(tl.int64) * group_channels * stride_x[1] + image * stride_x[0]
     base += top.to(tl.int64) * stride_x[2] + left.to(tl.int64) * stride_x[3]  # [PIXELS]
@@ -200,7 +217,7 @@ def _masked_conv2d_kernel(
 
 @triton.jit
 def _load_weight_at(weight, row, row_ok, starts, col, col_ok, first):
-    """Masked weights [row, col] of columns a stride apart, ``starts`` being for column ``first``."""
+    """Masked weights [row, col] of columns apart from one another; starts are for ``first``."""
     values, words, _cols, words_per_row, _period = weight
     ok = row_ok[:, None] & col_ok[None, :]
     at = words + row.to(tl.int64)[:, None] * words_per_row + (col // 32)[None, :]
@@ -237,13 +254,10 @@ def _masked_conv2d_grad_x_kernel(
     channel_ok = in_group < group_channels
     pixel = tl.program_id(0) // across * PIXELS + tl.arange(0, PIXELS)
     image, x_row, x_col = pixel_of(pixel, geometry[0], geometry[1])
-    image = image.to(tl.int64)
     lane = tl.arange(0, DEPTH)
     acc = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for position in range(KH * KW):
-        out_row, out_col, ok = window_back(
-            geometry, x_row, x_col, position // KW, position % KW
-        )
+        out_row, out_col, ok = window_back(geometry, x_row, x_col, position // KW, position % KW)
         ok &= pixel < pixels
         base = grad_y + image * stride_y[0] + out_row.to(tl.int64) * stride_y[2]
         base += out_col.to(tl.int64) * stride_y[3]  # [PIXELS]

@@ -7,7 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config, linear_grad
-from ._conv import Geometry, as_tokens, in_bounds, is_channels_last, pixel_of, window
+from ._conv import (
+    Geometry,
+    as_tokens,
+    convolution_grads,
+    in_bounds,
+    is_channels_last,
+    pixel_of,
+    window,
+)
 from ._helpers import dot_dtype, dot_precision, on_device, programs
 from .depthwise import fill_depthwise_grad
 from .epilogue import WeightGrad, masked_grad, scored_grad, store_grad
@@ -56,6 +64,13 @@ def _fill(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry: Geometry) -> 
         return
     if geometry.group_channels == 1:
         fill_depthwise_grad(target, grad_y, x, geometry)
+        return
+    if config.conv_plan(geometry.out_pixels, x.dtype) == "library":
+        size = (target.rows, geometry.group_channels, *geometry.kernel)
+        weight = x.new_empty(size)  # only its size and layout matter
+        grad = convolution_grads(grad_y, x, weight, geometry, (False, True))[1]
+        with on_device(x):
+            target.add_parts(grad.contiguous().view(1, target.rows, target.cols))
         return
     group_rows = target.rows // geometry.groups
     tile = config.grad_tile(group_rows, x.dtype)
@@ -129,7 +144,6 @@ def _masked_conv2d_grad_weight_kernel(
     for start in range(begin, end, DEPTH):
         pixel = start + tl.arange(0, DEPTH)
         image, out_row, out_col = pixel_of(pixel, geometry[2], geometry[3])
-        image = image.to(tl.int64)
         at = image * stride_y[0] + out_row.to(tl.int64) * stride_y[2]
         at += out_col.to(tl.int64) * stride_y[3]  # [DEPTH]
         left = tl.load(

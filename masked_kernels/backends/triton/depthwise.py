@@ -137,7 +137,6 @@ def _depthwise_conv2d_kernel(
     row_ok = row < rows
     pixel = tl.program_id(0) // across * PIXELS + tl.arange(0, PIXELS)
     image, out_row, out_col = pixel_of(pixel, geometry[2], geometry[3])
-    image = image.to(tl.int64)
     top, left = window(geometry, out_row, out_col)
     base = image * stride_x[0] + top.to(tl.int64) * stride_x[2] + left.to(tl.int64) * stride_x[3]
     channel = (row // rows_per_channel).to(tl.int64)
@@ -185,13 +184,10 @@ def _depthwise_conv2d_grad_x_kernel(
     channel_ok = channel < channels
     pixel = tl.program_id(0) // across * PIXELS + tl.arange(0, PIXELS)
     image, x_row, x_col = pixel_of(pixel, geometry[0], geometry[1])
-    image = image.to(tl.int64)
     ok = (pixel < pixels)[:, None] & channel_ok[None, :]
     acc = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for position in range(KH * KW):
-        out_row, out_col, there = window_back(
-            geometry, x_row, x_col, position // KW, position % KW
-        )
+        out_row, out_col, there = window_back(geometry, x_row, x_col, position // KW, position % KW)
         at = image * stride_y[0] + out_row.to(tl.int64) * stride_y[2]
         at += out_col.to(tl.int64) * stride_y[3]
         for extra in range(rows_per_channel):
@@ -242,7 +238,6 @@ def _depthwise_conv2d_grad_weight_kernel(
     for start in range(begin, end, PIXELS):
         pixel = start + tl.arange(0, PIXELS)
         image, out_row, out_col = pixel_of(pixel, geometry[2], geometry[3])
-        image = image.to(tl.int64)
         ok = (pixel < end)[:, None] & row_ok[None, :]
         at = image * stride_y[0] + out_row.to(tl.int64) * stride_y[2]
         at += out_col.to(tl.int64) * stride_y[3]

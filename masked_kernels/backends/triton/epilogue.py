@@ -114,6 +114,6 @@ def _add_parts_kernel(parts, grad, count, target, ROWS: tl.constexpr, COLS: tl.c
     at = parts + row.to(tl.int64)[:, None] * cols + col[None, :]
     tile = tl.zeros((ROWS, COLS), tl.float32)
     for _part in range(count):
-        tile += tl.load(at, mask=ok, other=0.0)
+        tile += tl.load(at, mask=ok, other=0.0).to(tl.float32)
         at += tl.cast(rows, tl.int64) * cols
     store_tile(grad, finish(target, tile, row, first, COLS), rows, cols, row, first, COLS)

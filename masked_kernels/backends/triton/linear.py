@@ -1,5 +1,6 @@
 """masked_linear: ``y = scale * x (w ⊙ m)ᵀ + bias`` with the weight decoded inside the product."""
 
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +15,8 @@ from ._helpers import (
     row_starts,
     weight_arguments,
 )
+from .bits import decoded
+from .linear_small import aligned_linear
 
 
 def masked_linear(
@@ -24,6 +27,11 @@ def masked_linear(
     y = x.new_empty((tokens, rows))
     if y.numel() == 0:
         return y
+    plan = config.linear_plan(tokens, rows, cols, values.numel(), x.dtype)
+    if plan == "planes":
+        return aligned_linear(x, values, words, bias, scale)
+    if plan == "library":
+        return F.linear(x, decoded(values, words, cols, scale), bias)
     tile = config.linear_tile(tokens, rows, x.dtype)
     with on_device(x):
         _masked_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens),)](

@@ -1,5 +1,6 @@
 """Gradients of masked_linear and scored_linear: by x, by a dense weight, by the scores."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +18,7 @@ from ._helpers import (
     store_tile,
     weight_arguments,
 )
+from .bits import decoded
 from .epilogue import WeightGrad, masked_grad, scored_grad, store_grad
 
 
@@ -27,6 +29,8 @@ def masked_linear_grad_x(
     grad_x = grad_y.new_empty((tokens, cols))
     if grad_x.numel() == 0:
         return grad_x
+    if tokens >= config.many_tokens(grad_y.dtype):
+        return grad_y @ decoded(values, words, cols, scale)
     tile = config.linear_tile(tokens, cols, grad_y.dtype)
     grid = (triton.cdiv(cols, tile.rows) * triton.cdiv(tokens, tile.tokens),)
     with on_device(grad_y):
@@ -70,6 +74,10 @@ def fill_grad(target: WeightGrad, grad_y: Tensor, x: Tensor) -> None:
     if target.grad.numel() == 0:
         return
     tokens = x.shape[0]
+    if x.dtype == torch.float32 and dot_precision() == "ieee" and tokens > 0:
+        with on_device(x):  # without tensor cores the library is the better one
+            target.add_parts((grad_y.t() @ x).unsqueeze(0))
+        return
     tile = config.grad_tile(target.rows, x.dtype)
     blocks = triton.cdiv(target.rows, tile.rows) * triton.cdiv(target.cols, config.GRAD_COLS)
     parts = config.parts(blocks, triton.cdiv(tokens, tile.depth), programs(x))

@@ -1,4 +1,4 @@
-"""select_topk: a radix search for the key of the first score that is kept, then one pass that packs.
+"""select_topk: a radix search for the key of the first score that is kept, then a pass that packs.
 
 Four passes over the scores count one byte of the keys each, most significant first, among the keys
 that begin as the bytes found so far. No pass waits for the host: each program works out the bytes
@@ -88,9 +88,7 @@ def _count_kernel(
             ok &= (key >> (32 - 8 * BYTE)) == known
         digit = (key >> (24 - 8 * BYTE)) & (_BINS - 1)
         count += tl.histogram(digit.to(tl.int32), _BINS, mask=ok)
-    tl.atomic_add(
-        counts + BYTE * _BINS + tl.arange(0, _BINS), count.to(tl.int64), mask=count > 0
-    )
+    tl.atomic_add(counts + BYTE * _BINS + tl.arange(0, _BINS), count.to(tl.int64), mask=count > 0)
 
 
 @triton.jit

@@ -4,6 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST ?= -q
+OUT ?= gpu-report
 
 # Threads that wait for one another sleep instead of spinning: on a busy machine that is twice as fast.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -15,12 +16,13 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format ctest clean
+.PHONY: help demo test bench gpu-report lint format ctest clean
 
 help:
 	@echo 'make demo    train, pack, save, reload and time a masked network, write demo/report.html'
 	@echo 'make test    linters, C++ tests, Python tests'
 	@echo 'make bench   benchmarks of the kernels'
+	@echo 'make gpu-report  on a machine with a GPU: tests and benchmarks there, into OUT=gpu-report'
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make format  format Python and C++'
 	@echo 'make clean   remove everything that these made'
@@ -32,10 +34,17 @@ demo: .venv/.package
 test: lint ctest
 	@echo '── Python tests'
 	@time $(BIN)/python -m pytest $(PYTEST) --require-backend=cpu,reference
+	@echo '── Triton kernels in the interpreter: a sample of the same tests'
+	@time TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -n 2 \
+	  --require-backend=triton --backend=triton --every=8
 
 bench: .venv/.package
 	@echo '── Benchmarks'
 	@time $(BIN)/python -m bench --quick
+
+# Uses the Python, torch and Triton that are already there, and no network.
+gpu-report:
+	@$(PYTHON) -m bench.gpu_report --out $(OUT)
 
 lint: .venv/.package
 	@echo '── Linters: ruff, mypy, clang-format'

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import triton
 
 from masked_kernels.backends import triton as backend
 from masked_kernels.backends.triton import config
@@ -30,8 +31,8 @@ _HEADER = """\
 # Instructions per weight
 
 Inner loops of the Triton kernels, counted in the machine code by `python -m bench.sass`; weights
-4096 x 4096. Compiled, not run: these are counts, not times. The obvious kernel, with one shift, one
-conversion and one load of a word for each element, takes 5 to 7.
+4096 x 4096, Triton {version}. Compiled, not run: these are counts, not times. *Aligned* is the
+kernel of bit planes; the others decode any period.
 
 | kernel | target | instructions / weight | registers | stack | most frequent |
 | --- | --- | --- | --- | --- | --- |
@@ -83,7 +84,7 @@ def measured() -> list[Row]:
 
 def render(rows: list[Row]) -> str:
     """The committed table."""
-    lines = [_HEADER]
+    lines = [_HEADER.format(version=triton.__version__)]
     for row in rows:
         frequent = ", ".join(f"{name} {count}" for name, count in row.loop.most_common(5))
         cells = (

@@ -20,11 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="comma-separated backends that must be available: a broken build fails, not skips",
     )
     parser.addoption("--backend", help="run only the tests that run on a backend, on this one")
+    parser.addoption("--device", default="cpu", help="where tests make tensors; for a GPU: cuda")
     parser.addoption(
         "--every",
         type=int,
         default=1,
-        help="run every Nth test of each function that has over 50; choose N prime to the lengths "
+        help="run every Nth test of each function that has over 20; choose N prime to the lengths "
         "of their lists of parameters, so that every value of each is still met",
     )
 
@@ -54,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = []
     for item in asked:
         function = _function_of(item)
-        if size[function] <= 50 or seen[function] % every == 0:
+        if size[function] <= 20 or seen[function] % every == 0:
             chosen.append(item)
         seen[function] += 1
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
@@ -68,6 +69,12 @@ def _function_of(item: pytest.Item) -> str:
 def _backend_of(item: pytest.Item) -> object:
     callspec = getattr(item, "callspec", None)
     return callspec.params.get("backend") if callspec else None
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest):
+    with torch.device(request.config.getoption("--device")):
+        yield
 
 
 @pytest.fixture(params=_PRESENT)

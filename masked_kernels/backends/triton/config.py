@@ -96,7 +96,7 @@ def planes_tile(slots: int, from_registers: bool = True) -> PlanesTile:
     (``from_registers`` is False), so that the compiler falls back on the older one.
     """
     slots = 16 if slots <= 16 else 32 if slots <= 32 else 64
-    depth = 32 if slots == 64 else 64  # what fits into shared memory, twice
+    depth = 64 if slots == 16 else 32  # what fits into registers and shared memory
     if from_registers:
         return PlanesTile(rows=128, slots=slots, depth=depth, warps=4, stages=2)
     return PlanesTile(rows=64, slots=slots, depth=depth, warps=2, stages=2)

@@ -1,0 +1,210 @@
+"""What ``bench.gpu_report`` measures: problems in bfloat16, ours beside what users run.
+
+Every provider is called with the number of a copy of its operands, so that no operand is found in a
+cache by the next call.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import masked_kernels as mk
+from masked_kernels import _ops
+
+from .registry import error_ratio, selection_error, sort_and_scatter, topk_and_scatter
+
+COPIES = 2
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Args:
+    providers: by name, the same function of a copy's number.
+    error: of a provider's result for copy 0, in units of the error of plain PyTorch.
+    baseline: the provider that plain PyTorch users would take.
+    """
+
+    providers: dict[str, Callable[[int], Tensor]]
+    error: Callable[[Tensor], float]
+    baseline: str
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``x [tokens, cols]`` times a masked ``[rows, cols]``; the period is that of a ratio of 1e-2,
+    aligned or the paper's, or the weight is dense.
+    """
+
+    rows: int
+    cols: int
+    tokens: int
+    values: str  # aligned, any period, dense
+
+    @property
+    def name(self) -> str:
+        return f"masked_linear {self.rows}x{self.cols} {self.values} tokens={self.tokens}"
+
+    def build(self, device: str, backend: str) -> Problem:
+        shape = torch.Size((self.rows, self.cols))
+        if self.values == "dense":
+            weights = [torch.randn(shape, device=device).to(DTYPE) for _ in range(COPIES)]
+            values: list[Any] = weights
+        else:
+            align = [self.cols] if self.values == "aligned" else None
+            period = mk.prototype_period(shape.numel(), 1e-2, align)
+            if align and self.cols % period:
+                period = self.cols
+            drawn = (torch.randn(period, device=device).to(DTYPE) for _ in range(COPIES))
+            values = [mk.Prototype(v) for v in drawn]
+            weights = [v.fill(shape) for v in values]
+        bits = [torch.rand(shape, device=device) < 0.5 for _ in range(COPIES)]
+        masks = [mk.PackedMask.from_bool(b) for b in bits]
+        masked = [torch.where(b, w, 0) for b, w in zip(bits, weights, strict=True)]
+        x = [torch.randn(self.tokens, self.cols, device=device).to(DTYPE) for _ in range(COPIES)]
+        truth = F.linear(x[0].double(), masked[0].double())
+        plain = F.linear(x[0], masked[0])
+        return Problem(
+            {
+                "ours": lambda i: mk.masked_linear(x[i], values[i], masks[i], backend=backend),
+                "F.linear": lambda i: F.linear(x[i], masked[i]),
+                "F.linear(x, w * m)": lambda i: F.linear(x[i], weights[i] * bits[i]),
+            },
+            lambda y: error_ratio(y, plain, truth),
+            baseline="F.linear",
+        )
+
+
+@dataclass(frozen=True)
+class GradScores:
+    """The score gradient of a linear layer with a prototype."""
+
+    rows: int
+    cols: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"scored_linear_grad_scores {self.rows}x{self.cols} tokens={self.tokens}"
+
+    def build(self, device: str, backend: str) -> Problem:
+        shape = torch.Size((self.rows, self.cols))
+        prototype = mk.Prototype(torch.randn(shape.numel() // 100 + 1, device=device).to(DTYPE))
+        weight = prototype.fill(shape)
+        scores = [torch.randn(shape, device=device) for _ in range(COPIES)]
+        x = [torch.randn(self.tokens, self.cols, device=device).to(DTYPE) for _ in range(COPIES)]
+        grad = [torch.randn(self.tokens, self.rows, device=device).to(DTYPE) for _ in range(COPIES)]
+
+        def ours(i: int) -> Tensor:
+            result: Tensor = _ops.scored_linear_grad_scores(
+                grad[i], x[i], prototype.values, scores[i], None, True, backend
+            )
+            return result
+
+        def plain(i: int) -> Tensor:
+            return (grad[i].t() @ x[i]) * weight * scores[i].sign()
+
+        truth = (grad[0].double().t() @ x[0].double()) * weight.double() * scores[0].sign()
+        expected = plain(0)
+        return Problem(
+            {"ours": ours, "matmul and multiply": plain},
+            lambda y: error_ratio(y, expected, truth),
+            baseline="matmul and multiply",
+        )
+
+
+@dataclass(frozen=True)
+class SelectTopK:
+    """float32 scores to the mask of the larger half by magnitude."""
+
+    numel: int
+
+    @property
+    def name(self) -> str:
+        return f"select_topk n={self.numel:,}"
+
+    def build(self, device: str, backend: str) -> Problem:
+        scores = [torch.randn(1, self.numel, device=device) for _ in range(COPIES)]
+        rule, keep = mk.TopK(0.5), self.numel - self.numel // 2
+        return Problem(
+            {
+                "ours": lambda i: rule.select(scores[i], backend),
+                "torch.topk": lambda i: topk_and_scatter(scores[i], keep),
+                "sort and scatter": lambda i: sort_and_scatter(scores[i], keep),
+            },
+            lambda mask: selection_error(mask, scores[0], keep),
+            baseline="torch.topk",
+        )
+
+
+@dataclass(frozen=True)
+class Conv2d:
+    """A masked convolution that keeps the size, channels_last, with a prototype."""
+
+    batch: int
+    channels: int
+    size: int
+    kernel: int
+    groups: int = 1
+
+    @property
+    def name(self) -> str:
+        kind = "depthwise " if self.groups == self.channels else ""
+        image = f"{self.batch}x{self.channels}x{self.size}x{self.size}"
+        return f"masked_conv2d {kind}{self.kernel}x{self.kernel} on {image}"
+
+    def build(self, device: str, backend: str) -> Problem:
+        shape = torch.Size((self.channels, self.channels // self.groups, self.kernel, self.kernel))
+        prototype = mk.Prototype(torch.randn(shape.numel() // 100 + 1, device=device).to(DTYPE))
+        bits = torch.rand(shape, device=device) < 0.5
+        mask = mk.PackedMask.from_bool(bits)
+        last = torch.channels_last
+        weight = prototype.fill(shape).contiguous(memory_format=last)
+        masked = torch.where(bits, weight, 0).contiguous(memory_format=last)
+        size = (self.batch, self.channels, self.size, self.size)
+        images = [torch.randn(size, device=device).to(DTYPE) for _ in range(COPIES)]
+        x = [image.contiguous(memory_format=last) for image in images]
+        options: dict[str, Any] = {"padding": self.kernel // 2, "groups": self.groups}
+        plain = F.conv2d(x[0], masked, **options)
+        truth = F.conv2d(x[0].double(), masked.double(), **options)
+        return Problem(
+            {
+                "ours": lambda i: mk.masked_conv2d(
+                    x[i], prototype, mask, backend=backend, **options
+                ),
+                "F.conv2d": lambda i: F.conv2d(x[i], masked, **options),
+                "F.conv2d(x, w * m)": lambda i: F.conv2d(x[i], weight * bits, **options),
+            },
+            lambda y: error_ratio(y, plain, truth),
+            baseline="F.conv2d",
+        )
+
+
+Case = Linear | GradScores | SelectTopK | Conv2d
+
+CASES: tuple[Case, ...] = (
+    *(Linear(16384, 16384, tokens, "aligned") for tokens in (1, 16, 64, 1024)),
+    *(Linear(4096, 4096, tokens, "aligned") for tokens in (1, 16, 4096)),
+    *(Linear(16384, 16384, tokens, "any period") for tokens in (1, 16)),
+    *(Linear(8192, 8192, tokens, "dense") for tokens in (1, 64)),
+    GradScores(4096, 4096, 8192),
+    SelectTopK(10_000_000),
+    Conv2d(128, 256, 32, 5, groups=256),
+    Conv2d(128, 256, 32, 7, groups=256),
+    Conv2d(64, 256, 16, 3),
+    Conv2d(512, 256, 16, 1),
+)
+
+TOY: tuple[Case, ...] = (
+    Linear(33, 64, 3, "aligned"),
+    Linear(33, 64, 3, "any period"),
+    Linear(33, 64, 3, "dense"),
+    GradScores(9, 12, 5),
+    SelectTopK(1000),
+    Conv2d(2, 4, 5, 3, groups=4),
+)
+"""Small enough for the tests."""

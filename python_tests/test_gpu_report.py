@@ -1,0 +1,68 @@
+"""The GPU report as far as it goes without a GPU: its problems are right, wrong results are
+stopped, the page renders.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_report
+from bench.gpu_cases import CASES, TOY, Case
+
+
+@pytest.mark.parametrize("case", TOY, ids=lambda case: case.name)
+def test_problems_are_right(case: Case) -> None:
+    problem = case.build("cpu", "reference")
+    assert gpu_report.wrong_results(problem) == {}
+    assert {"ours", problem.baseline} <= set(problem.providers)
+
+
+@pytest.mark.parametrize("case", TOY, ids=lambda case: case.name)
+def test_wrong_results_are_stopped(case: Case) -> None:
+    problem = case.build("cpu", "reference")
+    right = problem.providers["ours"]
+    wrong = {**problem.providers, "ours": lambda i: 1 + right(i)}
+    problem = dataclasses.replace(problem, providers=wrong)
+    assert set(gpu_report.wrong_results(problem)) == {"ours"}
+
+
+def test_names_are_unique() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to report on")
+def test_no_report_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report"
+    assert gpu_report.main(["--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith("no report: ")
+    assert not out.exists()
+
+
+def test_page() -> None:
+    facts = {
+        "gpu": "Device",
+        "torch": "2.13",
+        "triton": "3.9",
+        "cuda": "13.0",
+        "commit": "abc",
+        "dirty": True,
+        "date": "today",
+    }
+    graph = {"median": 10.0, "q20": 9.0, "q80": 11.0}
+    providers = {"ours": {"graph": graph, "eager": graph}, "F.linear": {"eager": {"median": 35.0}}}
+    page = gpu_report.render(
+        {
+            "machine": facts,
+            "tests": {"summary": "5 passed", "exit": 0},
+            "cases": [
+                {"name": "a", "baseline": "F.linear", "providers": providers},
+                {"name": "b", "error": "wrong results: {'ours': inf}"},
+            ],
+        }
+    )
+    assert "commit abc with changes" in page
+    assert "| a | ours | 10.0 | 10.0 | - | - |" in page
+    assert "| a | F.linear | - | 35.0 | - | 3.50x |" in page
+    assert "| b | wrong results: {'ours': inf} | | | | |" in page

@@ -17,6 +17,11 @@ _TL_DTYPES = {
 }
 
 
+def is_wide(values: Tensor) -> bool:
+    """Whether an index of the values may need more than 32 bits."""
+    return values.numel() >= 2**31
+
+
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
     """Kernels launch on the current device, which may be another than that of the tensors."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
@@ -113,7 +118,7 @@ def load_bits(words, rows, row_ok, first, words_per_row, BLOCK: tl.constexpr):
         mask=row_ok[:, None] & (column < words_per_row)[None, :],
         other=0,
     )  # [rows, BLOCK / 32]
-    bits = (word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    bits = word[:, :, None] & (1 << tl.arange(0, 32))[None, None, :]
     return tl.reshape(bits, (rows.shape[0], BLOCK)) != 0
 
 
@@ -140,6 +145,29 @@ def store_tile(out, tile, rows, cols, row, first, BLOCK: tl.constexpr):
     at = out + row.to(tl.int64)[:, None] * cols + col[None, :]
     ok = (row < rows)[:, None] & (col < cols)[None, :]
     tl.store(at, tile.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def row_offsets(rows, row_ok, weight, WIDE: tl.constexpr):
+    """Where the values of each row start, for values that are readable for a whole row past every
+    start. Numbers of 32 bits unless WIDE, as each weight adds its column to one.
+    """
+    starts = row_starts(tl.where(row_ok, rows, 0), 0, weight[2], weight[4])
+    return starts if WIDE else starts.to(tl.int32)
+
+
+@triton.jit
+def load_weight_of_rows(
+    weight, rows, row_ok, offsets, col, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+):
+    """``load_weight`` by ``row_offsets``; WHOLE promises that the columns are all there."""
+    values, words, cols, words_per_row, _period = weight
+    bits = load_bits(words, rows, row_ok, col // 32, words_per_row, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    at = values + col + (offsets[:, None] + lane[None, :])
+    # Rows that are not there read those of another one.
+    ok = None if WHOLE else (col + lane < cols)[None, :]
+    return tl.where(bits, tl.load(at, mask=ok), 0.0)
 
 
 @triton.jit

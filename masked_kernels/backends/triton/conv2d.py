@@ -25,11 +25,12 @@ from ._conv import (
     window_back,
 )
 from ._helpers import (
-    advanced,
     dot_dtype,
     dot_precision,
-    load_weight,
+    is_wide,
+    load_weight_of_rows,
     on_device,
+    row_offsets,
     row_starts,
     weight_arguments,
 )
@@ -73,7 +74,7 @@ def masked_conv2d(
     with on_device(x):
         _masked_conv2d_kernel[(tiles, groups)](
             x,
-            weight_arguments(values, words, geometry.cols, tile.depth),
+            weight_arguments(values, words, geometry.cols, geometry.cols),
             bias,
             scale,
             y,
@@ -89,6 +90,8 @@ def masked_conv2d(
             tile.rows,
             tile.tokens,
             tile.depth,
+            geometry.cols % tile.depth == 0,
+            is_wide(values),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -175,9 +178,11 @@ def _masked_conv2d_kernel(
     ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
     DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One tile of y [rows of a group, output pixels]."""
-    cols, period = weight[2], weight[4]
+    cols = weight[2]
     group = tl.program_id(1)
     down = tl.cdiv(group_rows, ROWS)
     in_group = tl.program_id(0) % down * ROWS + tl.arange(0, ROWS)
@@ -188,10 +193,10 @@ def _masked_conv2d_kernel(
     base = x + group.to(tl.int64) * group_channels * stride_x[1] + image * stride_x[0]
     base += top.to(tl.int64) * stride_x[2] + left.to(tl.int64) * stride_x[3]  # [PIXELS]
     lane = tl.arange(0, DEPTH)
-    starts = row_starts(row, 0, cols, period)
+    offsets = row_offsets(row, row_ok, weight, WIDE)
     acc = tl.zeros((ROWS, PIXELS), tl.float32)
     for col in range(0, cols, DEPTH):
-        w = load_weight(weight, row, row_ok, starts, col, DEPTH)
+        w = load_weight_of_rows(weight, row, row_ok, offsets, col, DEPTH, WHOLE)
         channel = (col + lane) // (KH * KW)
         r = (col + lane) // KW % KH * geometry[8]
         s = (col + lane) % KW * geometry[9]
@@ -203,7 +208,6 @@ def _masked_conv2d_kernel(
         ok &= (pixel < pixels)[:, None] & (col + lane < cols)[None, :]
         tile = tl.load(base[:, None] + offset[None, :], mask=ok, other=0.0)
         acc = tl.dot(w.to(DOT), tl.trans(tile.to(DOT)), acc, input_precision=PRECISION)
-        starts = advanced(starts, DEPTH % period, period)
     if scale is not None:
         acc *= tl.load(scale).to(tl.float32)
     if bias is not None:

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from . import config
 from ._helpers import (
-    advanced,
     dot_dtype,
     dot_precision,
-    load_weight,
+    is_wide,
+    load_weight_of_rows,
     on_device,
-    row_starts,
+    row_offsets,
     weight_arguments,
 )
 from .bits import decoded
@@ -36,7 +36,7 @@ def masked_linear(
     with on_device(x):
         _masked_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens),)](
             x,
-            weight_arguments(values, words, cols, tile.depth),
+            weight_arguments(values, words, cols, cols),
             bias,
             scale,
             y,
@@ -48,6 +48,8 @@ def masked_linear(
             tile.rows,
             tile.tokens,
             tile.depth,
+            cols % tile.depth == 0,
+            is_wide(values),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -69,22 +71,25 @@ def _masked_linear_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One tile of y; the weight is the left operand, which tensor cores take from registers."""
-    cols, period = weight[2], weight[4]
+    cols = weight[2]
     down = tl.cdiv(rows, ROWS)
     row = tl.program_id(0) % down * ROWS + tl.arange(0, ROWS)
     token = (tl.program_id(0) // down * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     lane = tl.arange(0, DEPTH)
-    starts = row_starts(row, 0, cols, period)
+    offsets = row_offsets(row, row < rows, weight, WIDE)
     at = x + token[:, None] * stride[0] + lane.to(tl.int64)[None, :] * stride[1]
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     for col in range(0, cols, DEPTH):
-        w = load_weight(weight, row, row < rows, starts, col, DEPTH)
-        inside = (token < tokens)[:, None] & (col + lane < cols)[None, :]
+        w = load_weight_of_rows(weight, row, row < rows, offsets, col, DEPTH, WHOLE)
+        inside = (token < tokens)[:, None]
+        if not WHOLE:
+            inside &= (col + lane < cols)[None, :]
         tile = tl.load(at, mask=inside, other=0.0)  # [TOKENS, DEPTH]
         acc = tl.dot(w.to(DOT), tl.trans(tile.to(DOT)), acc, input_precision=PRECISION)
-        starts = advanced(starts, DEPTH % period, period)
         at += DEPTH * stride[1]
     if scale is not None:
         acc *= tl.load(scale).to(tl.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_report
+from bench import gpu_report, gpu_training
 from bench.gpu_cases import CASES, TOY, Case
 
 
@@ -40,6 +40,15 @@ def test_no_report_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not out.exists()
 
 
+@pytest.mark.parametrize("name", gpu_training.NAMES)
+def test_training_steps_learn(name: str) -> None:
+    step = gpu_training.build(name, "cpu", "reference", batch=4, dim=8, depth=1)
+    first = step()
+    for _ in range(5):
+        last = step()
+    assert last < first
+
+
 def test_page() -> None:
     facts = {
         "gpu": "Device",
@@ -60,9 +69,15 @@ def test_page() -> None:
                 {"name": "a", "baseline": "F.linear", "providers": providers},
                 {"name": "b", "error": "wrong results: {'ours': inf}"},
             ],
+            "training": {
+                "ours": {"median": 12.5, "peak_bytes": 3_000_000},
+                "dense": {"error": "OutOfMemoryError: no"},
+            },
         }
     )
     assert "commit abc with changes" in page
     assert "| a | ours | 10.0 | 10.0 | - | - |" in page
     assert "| a | F.linear | - | 35.0 | - | 3.50x |" in page
     assert "| b | wrong results: {'ours': inf} | | | | |" in page
+    assert "| ours | 12.50 | 3 |" in page
+    assert "| dense | OutOfMemoryError: no |  |" in page

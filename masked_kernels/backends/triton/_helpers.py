@@ -19,7 +19,7 @@ _TL_DTYPES = {
 
 def is_wide(values: Tensor) -> bool:
     """Whether an index of the values may need more than 32 bits."""
-    return values.numel() >= 2**31
+    return values.numel() >= 2**30  # a row is added to it
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:

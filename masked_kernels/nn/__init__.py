@@ -1,11 +1,13 @@
 """Masked modules, packed modules, and conversion between them and plain torch modules."""
 
+from .compact import CompactLinear
 from .convert import ConversionReport, mask_model_, materialize_, pack_model_
 from .masked import MaskedConv2d, MaskedLinear
 from .packed import PackedConv2d, PackedLinear
 from .summary import Summary, summary
 
 __all__ = [
+    "CompactLinear",
     "ConversionReport",
     "MaskedConv2d",
     "MaskedLinear",

@@ -24,6 +24,7 @@ from .bits import (
     transpose,
     unpack,
 )
+from .compact import compact_linear
 from .conv2d import (
     masked_conv2d,
     masked_conv2d_grad_weight,
@@ -47,8 +48,9 @@ def why_not(op: str, *args: object) -> str | None:
             continue
         if not arg.is_cpu:
             return f"a tensor is on {arg.device}"
-        if arg.dtype == torch.float64 and op.startswith(("select_", "scored_")):
+        dtype = arg.dtype
+        if dtype not in _DTYPES:
+            return f"dtype {dtype} is none of float32, float64, float16, bfloat16"
+        if dtype == torch.float64 and op.startswith(("select_", "scored_")):
             return f"{op} computes in float32 and got float64"
-        if arg.dtype not in _DTYPES:
-            return f"dtype {arg.dtype} is none of float32, float64, float16, bfloat16"
     return None

@@ -36,6 +36,7 @@ class Provider:
         refresh: changes the argument before every call, off the clock; returns it.
         moved: bytes that a call reads and writes at least, each once; None if nobody counts.
         lossy: the largest relative error allowed, or None for exact.
+        largest_error: allowed if exact, in units of the error of plain PyTorch in float32.
         judge: of its results, if not the problem's.
     """
 
@@ -44,11 +45,12 @@ class Provider:
     refresh: Callable[[Any], Any] | None = None
     moved: int | None = None
     lossy: float | None = None
+    largest_error: float = LARGEST_ERROR
     judge: Judge | None = None
 
-    @property
-    def largest_error(self) -> float:
-        return LARGEST_ERROR if self.lossy is None else self.lossy
+    def bound(self) -> float:
+        """The largest error allowed, relative if lossy."""
+        return self.largest_error if self.lossy is None else self.lossy
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Problem:
         dense: the providers that do the dense layer's work exactly: what users would have else.
         multiply_adds: of the dense form; None where nothing is multiplied.
         trains: gradients are wanted, so run outside inference mode.
+        checked: what results are checked on, if not the first input: float64 can take minutes.
     """
 
     inputs: tuple[Tensor, ...]
@@ -70,6 +73,11 @@ class Problem:
     dense: tuple[str, ...]
     multiply_adds: int | None = None
     trains: bool = False
+    checked: Tensor | None = None
+
+    def example(self) -> Tensor:
+        """The input that results are checked on."""
+        return self.inputs[0] if self.checked is None else self.checked
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import masked_kernels as mk
 
 BF16_ERROR = 1e-2
 """Relative; three roundings to 8 bits are about 3e-3."""
+CSR_ERROR = 8.0
+"""In units of plain PyTorch's: it adds up a row term by term, which rounds more often."""
 INT8_ERROR = 5e-2
 """Relative; weights and inputs rounded to 8 bits of their largest value are about 2e-2."""
 

@@ -90,7 +90,7 @@ def speed_tables(result: dict[str, Any]) -> str:
             name
             for case in cases
             for name, provider in case["providers"].items()
-            if provider.get("lossy") is not None
+            if provider.get("lossy")
         }
         marks = (f"`{name}`{' (lossy)' if name in lossy else ''}" for name in others)
         rows = [["case", OURS, *(f"over {mark}" for mark in marks)]]
@@ -145,7 +145,7 @@ def _provider_rows(case: dict[str, Any], peaks: dict[str, float]) -> Rows:
                 "" if name == OURS else _factor(median / ours),
                 fma,
                 memory,
-                f"{timing['error']:.2g}{'' if timing['lossy'] is None else ' (lossy)'}",
+                f"{timing['error']:.2g}{' (lossy)' if timing['lossy'] else ''}",
             ]
         )
     return rows

@@ -55,7 +55,8 @@ def run(
                 name: {
                     **asdict(timings[name]),
                     "error": errors[name],
-                    "lossy": provider.lossy,
+                    "bound": provider.bound(),
+                    "lossy": provider.lossy is not None,
                     "bytes": provider.moved,
                 }
                 for name, provider in chosen.items()
@@ -64,21 +65,21 @@ def run(
 
 
 def check(case: str, problem: Problem, providers: dict[str, Provider]) -> dict[str, float]:
-    """The error of each provider on the first input; raises WrongResult where one is too large."""
-    shared = functools.cache(lambda: problem.judge(problem.inputs[0]))
+    """The error of each provider on the example; raises WrongResult where one is too large."""
+    shared = functools.cache(lambda: problem.judge(problem.example()))
     errors = {name: _error(problem, provider, shared) for name, provider in providers.items()}
     for name, provider in providers.items():
-        if not errors[name] <= provider.largest_error:
+        if not errors[name] <= provider.bound():
             unit = "times the error of plain PyTorch" if provider.lossy is None else "relative"
             raise WrongResult(
                 f"{case}: {name} has an error of {errors[name]:.3g} {unit}, "
-                f"expected at most {provider.largest_error}"
+                f"expected at most {provider.bound()}"
             )
     return errors
 
 
 def _error(problem: Problem, provider: Provider, shared: Callable[[], ErrorOf]) -> float:
-    x = problem.inputs[0]
+    x = problem.example()
     lossy = provider.lossy is not None
     argument = provider.prepare(x)
     if provider.refresh is None:

@@ -21,7 +21,7 @@ def test_case(benchmark: object, case: Case, provider: str) -> None:
     made = problem.providers[name]()
     with torch.inference_mode():
         check(case.name, problem, {name: made})
-        argument = made.prepare(problem.inputs[0])
+        argument = made.prepare(problem.example())
         refresh = made.refresh
         if refresh is None:
             benchmark(made.run, argument)  # type: ignore[operator]

@@ -10,7 +10,7 @@ from torch import Tensor
 import masked_kernels as mk
 
 from ..problem import Case, Problem, Provider, against_float64
-from ..providers import BF16_ERROR, INT8_ERROR, compiled, csr, int8_linear
+from ..providers import BF16_ERROR, CSR_ERROR, INT8_ERROR, compiled, csr, int8_linear
 from ._weights import masked_weight, values_name
 
 ROTATION = 4
@@ -71,7 +71,9 @@ class MaskedLinear(Case):
         def sparse() -> Provider:
             nonzeros = csr(masked)
             return Provider(
-                lambda x: (nonzeros @ x.t()).t(), moved=8 * nonzeros.values().numel() + 4 * x_and_y
+                lambda x: (nonzeros @ x.t()).t(),
+                moved=8 * nonzeros.values().numel() + 4 * x_and_y,
+                largest_error=CSR_ERROR,
             )
 
         def int8() -> Provider:

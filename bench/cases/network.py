@@ -149,7 +149,7 @@ def _problem(masked: nn.Module, inputs: tuple[Tensor, ...], backend: str) -> Pro
 
 
 def multiply_adds(run: Callable[[], Any]) -> int:
-    """Of all products and convolutions, forward and backward, in a call of ``run``."""
+    """Of all products and convolutions of a forward pass."""
     with FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops()) // 2

@@ -1,4 +1,6 @@
-"""``python -m bench``: time masked_kernels beside plain PyTorch, and print a Markdown table."""
+"""``python -m bench``: time masked_kernels beside plain PyTorch, and print Markdown tables;
+``python -m bench tune``: measure anew which CPU kernel serves which sizes.
+"""
 
 import argparse
 import json
@@ -11,6 +13,7 @@ import torch
 
 import masked_kernels as mk
 
+from . import tune
 from .cases import CASES, QUICK
 from .machine import machine, peaks
 from .report import render
@@ -19,6 +22,9 @@ from .run import WrongResult, run
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark and return the exit code: 0, or 1 if a provider's result is wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["tune"]:
+        return tune.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if reason := mk.backends()[options.backend]:
         print(f"error: backend {options.backend!r} is unavailable: {reason}", file=sys.stderr)
@@ -38,9 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     except WrongResult as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    command = shlex.join(
-        ["python", "-m", "bench", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    command = shlex.join(["python", "-m", "bench", *arguments])
     report = {
         "machine": machine(command),
         "peaks": measured,

@@ -53,12 +53,13 @@ class SelectTopK(Case):
         providers = {
             "ours": lambda: provider(ours, moved),
             "torch.topk": lambda: provider(lambda scores: topk_and_scatter(scores, keep)),
-            "sort and scatter": lambda: provider(
-                lambda scores: sort_and_scatter(scores.abs(), keep)
-            ),
         }
         if self.warm:  # a new tensor has no past
             providers["ours, cold"] = lambda: Provider(ours, refresh=Tensor.clone, moved=moved)
+        else:
+            providers["sort and scatter"] = lambda: Provider(
+                lambda scores: sort_and_scatter(scores.abs(), keep)
+            )
         return Problem(
             inputs,
             providers,

@@ -13,6 +13,7 @@ matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .report import OURS, fastest_dense
 
@@ -39,79 +40,74 @@ KINDS = {
     "dense weight": (None, False),
 }
 """Panels of the figure of linear layers: name to ratio and align."""
+Size = tuple[int, int]
 COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
-OURS_COLOR, FASTEST_COLOR, OTHER_COLOR = "#228833", "#4477aa", "#bbbbbb"
+BAR_COLORS = {OURS: "#228833", "the fastest dense fp32": "#4477aa", "others": "#bbbbbb"}
 
 
 def linear_figure(cases: list[dict[str, Any]]) -> Figure | None:
     """Times faster than the fastest dense form, by batch, a line for each size of weight."""
-    panels: dict[str, dict[str, dict[int, float]]] = {kind: {} for kind in KINDS}
+    factors: dict[tuple[str, Size], dict[int, float]] = {}  # (kind, size): {batch: factor}
     for case in cases:
-        if case["group"] != "masked_linear" or case["facts"]["layer"]:
-            continue
         facts = case["facts"]
+        if case["group"] != "masked_linear" or facts["layer"]:
+            continue
         for kind, settings in KINDS.items():
             if (facts["ratio"], facts["align"]) == settings:
-                line = panels[kind].setdefault(f"{facts['n']} x {facts['k']}", {})
+                line = factors.setdefault((kind, (facts["n"], facts["k"])), {})
                 line[facts["batch"]] = speed_up(case)
-    panels = {kind: lines for kind, lines in panels.items() if lines}
-    if not panels:
+    if not factors:
         return None
-    sizes = list(dict.fromkeys(size for lines in panels.values() for size in lines))
-    sizes.sort(key=lambda size: [int(side) for side in size.split(" x ")])
-    colors = dict(zip(sizes, COLORS, strict=False))
+    kinds = list(dict.fromkeys(kind for kind, _ in factors))
+    colors = dict(zip(sorted({size for _, size in factors}), COLORS, strict=False))
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.6 * len(panels), 3.6), sharey=True, squeeze=False
+        1, len(kinds), figsize=(3.4 * len(kinds), 3.4), sharex=True, sharey=True, squeeze=False
     )
-    for axis, (kind, lines) in zip(axes[0], panels.items(), strict=True):
+    for (kind, size), line in factors.items():
+        batches = sorted(line)
+        axis = axes[0][kinds.index(kind)]
+        axis.plot(batches, [line[b] for b in batches], "o-", color=colors[size], markersize=4)
+    for axis, kind in zip(axes[0], kinds, strict=True):
         axis.axhline(1, color="0.3", linewidth=1, linestyle="--")
-        for size in filter(lines.__contains__, sizes):
-            batches = sorted(lines[size])
-            factors = [lines[size][batch] for batch in batches]
-            axis.plot(batches, factors, "o-", color=colors[size], markersize=4, label=size)
         axis.set_title(kind)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
-        axis.set_xticks(*_labelled(sorted({b for line in lines.values() for b in line})))
         axis.set_xlabel("batch")
-    _speed_up_axis(
-        axes[0][0], [f for ls in panels.values() for line in ls.values() for f in line.values()]
-    )
     axes[0][0].set_ylabel("times faster than dense fp32")
-    handles = {
-        text: line
-        for axis in axes[0]
-        for line, text in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
+    axes[0][0].set_xscale("log", base=2)
+    axes[0][0].set_xticks(*_labelled(sorted({b for line in factors.values() for b in line})))
+    _speed_up_axis(axes[0][0], [factor for line in factors.values() for factor in line.values()])
+    figure.tight_layout()
     figure.legend(
-        [handles[size] for size in sizes],
-        sizes,
+        [Line2D([], [], color=color, marker="o", markersize=4) for color in colors.values()],
+        [f"{n} x {k}" for n, k in colors],
         title="weight",
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
     )
-    figure.tight_layout()
     return figure
 
 
 def network_figure(cases: list[dict[str, Any]]) -> Figure | None:
-    """A bar for each provider's time, a panel for each network; ours and the fastest dense stand
-    out.
+    """A bar for each provider's time, a panel for each network, ours and the fastest dense form in
+    colour.
     """
     shown = [case for case in cases if case["group"] in ("network", "training")]
+    shown = [case for case in shown if "depth" in case["facts"]]  # not the single blocks
     if not shown:
         return None
-    columns = min(2, len(shown))
-    rows = -(-len(shown) // columns)
-    most = max(len(case["providers"]) for case in shown)
+    heights = [len(case["providers"]) + 2 for case in shown]  # in bars, title and axis included
     figure, axes = plt.subplots(
-        rows, columns, figsize=(5.4 * columns, (0.27 * most + 0.9) * rows), squeeze=False
+        len(shown), 1, figsize=(7.5, 0.27 * sum(heights)), height_ratios=heights, squeeze=False
     )
-    for axis in axes.flat[len(shown) :]:
-        axis.set_visible(False)
-    for axis, case in zip(axes.flat, shown, strict=False):
+    for axis, case in zip(axes[:, 0], shown, strict=True):
         _bars(axis, case)
-    figure.tight_layout(h_pad=1.5)
+    figure.tight_layout(h_pad=0.8)
+    figure.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=color) for color in BAR_COLORS.values()],
+        BAR_COLORS,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=len(BAR_COLORS),
+    )
     return figure
 
 
@@ -148,24 +144,25 @@ def _bars(axis: Axes, case: dict[str, Any]) -> None:
     ours, fastest = timings[OURS]["median"], fastest_dense(case)
     names = sorted(timings, key=lambda name: timings[name]["median"])
     times = [1e3 * timings[name]["median"] for name in names]
-    colors = [{OURS: OURS_COLOR, fastest: FASTEST_COLOR}.get(name, OTHER_COLOR) for name in names]
+    ours_color, fastest_color, other_color = BAR_COLORS.values()
+    colors = [{OURS: ours_color, fastest: fastest_color}.get(name, other_color) for name in names]
     axis.barh(range(len(names)), times, color=colors, height=0.72)
     for place, (name, time) in enumerate(zip(names, times, strict=True)):
-        factor = "" if name == OURS else f"  {timings[name]['median'] / ours:.2f}x"
+        factor = "" if name == OURS else f", {timings[name]['median'] / ours:.2f}x ours"
         axis.text(time, place, f" {time:.3g} ms{factor}", va="center", fontsize=8.5)
     axis.set_yticks(
         range(len(names)), [f"{n} (lossy)" if timings[n]["lossy"] else n for n in names]
     )
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.35 * max(times))
+    axis.set_xlim(0, 1.25 * max(times))
     axis.grid(axis="y", visible=False)
     axis.set_title(case["name"])
-    axis.set_xlabel("ms")
 
 
 def _speed_up_axis(axis: Axes, factors: list[float]) -> None:
     ticks = [0.5, 1, 2, 4, 8, 16, 32, 64]
     low, high = min(*factors, 0.9), max(*factors, 1.1)
+    axis.set_yscale("log", base=2)
     axis.set_ylim(low / 1.15, high * 1.15)
     axis.set_yticks(*_labelled([t for t in ticks if low / 1.15 <= t <= high * 1.15], "x"))
     axis.minorticks_off()

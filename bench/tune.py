@@ -33,7 +33,7 @@ from .cases._weights import masked_weight
 from .timing import Task, interleaved
 
 SHAPES = ((256, 256), (512, 512), (1024, 1024), (1024, 4096), (4096, 1024), (4096, 4096))
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 ROWS_PER_PATTERN = (8, 16, 32, 64, 128, 256, 512, 1024)
 UNALIGNED_RATIO = 1e-2
 

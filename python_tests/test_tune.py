@@ -34,7 +34,7 @@ def times_of(bounds: Bounds) -> tune.Times:
         Bounds(),
         Bounds((16, 256), (128, 32, 8)),
         Bounds((None, 64), (8, 16, 0)),
-        Bounds((512, None), (0, 256, 2)),
+        Bounds((512, None), (0, 128, 2)),
     ],
 )
 def test_fit_recovers_the_bounds(bounds: Bounds) -> None:

@@ -33,14 +33,29 @@ def compiled(run: Callable[[Tensor], Tensor], example: Tensor, frozen: bool = Fa
     return fast
 
 
-def int8_linear(weight: Tensor) -> nn.Module:
-    """PyTorch's dynamically quantised linear layer: int8 weights, inputs rounded in each call."""
+def linear_layer(weight: Tensor) -> nn.Linear:
+    """For inference; the compiler folds weights in only where they are a module's."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer.eval()
+
+
+def conv_layer(weight: Tensor, groups: int, **options: Any) -> nn.Conv2d:
+    """As ``linear_layer``."""
+    outputs, inputs, *kernel = weight.shape
+    layer = nn.Conv2d(
+        inputs * groups, outputs, kernel, groups=groups, bias=False, device="meta", **options
+    )
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer.eval()
+
+
+def int8_linear(weight: Tensor) -> nn.Module:
+    """PyTorch's dynamically quantised linear layer: int8 weights, inputs rounded in each call."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, but what users have
         return torch.ao.quantization.quantize_dynamic(
-            nn.Sequential(layer.eval()), {nn.Linear}, dtype=torch.qint8
+            nn.Sequential(linear_layer(weight)), {nn.Linear}, dtype=torch.qint8
         )
 
 

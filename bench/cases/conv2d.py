@@ -10,7 +10,7 @@ from torch import Tensor
 import masked_kernels as mk
 
 from ..problem import Case, Problem, Provider, against_float64, channels_last
-from ..providers import BF16_ERROR, compiled
+from ..providers import BF16_ERROR, compiled, conv_layer
 from ._weights import masked_weight, values_name
 
 
@@ -72,7 +72,7 @@ class MaskedConv2d(Case):
                 "F.conv2d": lambda: convolution(masked),
                 "F.conv2d NCHW": lambda: convolution(w.masked, prepare=Tensor.contiguous),
                 "torch.compile": lambda: Provider(
-                    compiled(lambda x: F.conv2d(x, masked, **options), inputs[0], frozen=True),
+                    compiled(conv_layer(masked, **options), inputs[0], frozen=True),
                     moved=4 * (masked.numel() + x_and_y),
                 ),
                 "F.conv2d(x, w * m)": lambda: Provider(

@@ -20,7 +20,7 @@ SHELL := /bin/bash
 help:
 	@echo 'make demo    train, pack, save, reload and time a masked network, write demo/report.html'
 	@echo 'make test    linters, C++ tests, Python tests'
-	@echo 'make bench   benchmarks of the kernels'
+	@echo 'make bench   short form of the benchmarks, under 5 minutes'
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make format  format Python and C++'
 	@echo 'make clean   remove everything that these made'
@@ -34,7 +34,7 @@ test: lint ctest
 	@time $(BIN)/python -m pytest $(PYTEST) --require-backend=cpu,reference
 
 bench: .venv/.package
-	@echo '── Benchmarks'
+	@echo '── Benchmarks, short form'
 	@time $(BIN)/python -m bench --quick
 
 lint: .venv/.package

@@ -1,17 +1,30 @@
 """Decisions of the cpu backend: which kernel runs, and what it keeps of a mask."""
 
+import dataclasses
 import gc
+import json
+from typing import get_args
 
 import pytest
 import torch
 
-from masked_kernels import _ops, backends
+from masked_kernels import _ops
+from masked_kernels.backends import backends, explain_choice, use_backend
 
 if reason := backends()["cpu"]:
     pytest.skip(f"backend 'cpu' is unavailable: {reason}", allow_module_level=True)
 
-from masked_kernels.backends.cpu import _relaid, aligned
-from masked_kernels.backends.cpu.plan import linear_plan, row_patterns
+from masked_kernels.backends.cpu import _relaid, aligned, linear
+from masked_kernels.backends.cpu._native import isa as native_isa
+from masked_kernels.backends.cpu.plan import (
+    PLANS,
+    Bounds,
+    Plan,
+    bounds_of,
+    linear_decision,
+    linear_plan,
+    row_patterns,
+)
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
@@ -39,6 +52,57 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 )
 def test_linear_plan(tokens, rows, cols, period, dtype, isa, plan) -> None:
     assert linear_plan(tokens, rows, cols, period, dtype, isa) == plan
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "decision"),
+    [
+        ((1, 64, 64, 64), F32, ("aligned", "rows per pattern 64 ≥ 4")),
+        ((64, 64, 64, 512), F32, ("panels", "tokens 64 > 16")),  # 8 rows a pattern are too few
+        ((16, 64, 64, 50), F32, ("direct", "tokens 16 ≤ 16")),
+        ((16, 64, 2048, 50), F32, ("direct", "tokens 16 ≤ 32")),
+        ((8, 64, 64, 64 * 64), F32, ("panels", "tokens 8 > 2")),
+        ((1, 64, 64, 64 * 64), BF16, ("panels", "a dense weight in torch.bfloat16")),
+        ((64, 64, 64, 64), BF16, ("panels", "tokens 64 > 16")),  # few tokens alone
+        ((1, 64, 64, 64), F64, ("panels", "the other kernels compute in float32")),
+    ],
+)
+def test_decisions_say_why(sizes, dtype, decision) -> None:
+    bounds = Bounds(aligned_rows=(4, 16), direct_tokens=(32, 16, 2))
+    assert linear_decision(*sizes, dtype, bounds) == decision
+
+
+def test_bounds_are_shipped_for_every_isa() -> None:
+    table = json.loads(PLANS.read_text())
+    assert set(table) == {"avx512", "avx2", "scalar"}
+    for isa, fields in table.items():
+        assert bounds_of(isa) == Bounds(*map(tuple, fields.values()))
+        assert list(fields) == [field.name for field in dataclasses.fields(Bounds)]
+    assert bounds_of("some other") == Bounds()
+
+
+def test_choice_is_explained() -> None:
+    x, words = torch.randn(1, 64), _ops.pack(torch.rand(32, 64) < 0.5, "cpu")
+    arguments = (x, torch.randn(64), words, None, None)
+    plan, why = linear_decision(1, 32, 64, 64, F32, bounds_of(native_isa()))
+    with use_backend("cpu"):
+        assert explain_choice("masked_linear", *arguments) == f"cpu: {plan} ({why})"
+        assert explain_choice("pack", torch.ones(2, 2, dtype=torch.bool)) == "cpu"
+
+
+@pytest.mark.parametrize("plan", get_args(Plan))
+def test_every_plan_is_right(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the table says, so that measuring it anew cannot break results."""
+    monkeypatch.setattr(linear, "linear_plan", lambda *_: plan)
+    for tokens in (1, 3, 40):
+        x, values = torch.randn(tokens, 64), torch.randn(64)
+        mask = torch.rand(33, 64) < 0.5
+        y = _ops.masked_linear(x, values, _ops.pack(mask, "cpu"), None, None, "cpu")
+        weight = values * mask
+        truth = x.double() @ weight.double().t()
+        plain = float((torch.nn.functional.linear(x, weight).double() - truth).norm())
+        rounding = float(torch.finfo(F32).eps * truth.norm())
+        assert float((y.double() - truth).norm()) <= 2 * max(plain, rounding)
 
 
 def test_row_patterns() -> None:

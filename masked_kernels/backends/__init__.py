@@ -1,8 +1,9 @@
 """Which backend runs an op, and why not the others.
 
 A backend is a module of this folder with functions named after the ops of ``_ops.py``,
-``why_unavailable() -> str | None`` and ``why_not(op, *args) -> str | None``. Listing its name in
-``ORDER`` is all the registration there is.
+``why_unavailable() -> str | None`` and ``why_not(op, *args) -> str | None``; one that chooses among
+kernels has ``plan(op, *args) -> str | None`` too. Listing its name in ``ORDER`` is all the
+registration there is.
 """
 
 import functools
@@ -114,6 +115,18 @@ def why_not(name: str, op: str, *args: Any) -> str | None:
 def explain(op: str, *args: Any) -> dict[str, str | None]:
     """Every backend's name, best first, to None if it can run the call or the reason why not."""
     return {name: why_not(name, op, *args) for name in ORDER}
+
+
+def explain_choice(op: str, *args: Any, backend: str = AUTO) -> str:
+    """The backend that would run the call, and, where it chooses among kernels, which and why:
+    ``"cpu: aligned (rows per pattern 4096 ≥ 16)"``.
+
+    Raises ``BackendError`` if none can.
+    """
+    name = choose(op, backend, *args)
+    plan = getattr(_module(name), "plan", None)
+    chosen = None if plan is None else plan(op, *args)
+    return name if chosen is None else f"{name}: {chosen}"
 
 
 @functools.cache

@@ -12,10 +12,12 @@ The kernels compute in float32; 16-bit inputs are widened where that is cheap. T
 (``torch.set_num_threads``).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._native import why_unavailable
+from ._native import isa, why_unavailable
 from .bits import (
     decode,
     pack,
@@ -39,6 +41,7 @@ from .linear import (
     masked_linear_grad_x,
     scored_linear_grad_scores,
 )
+from .plan import bounds_of, linear_decision
 
 _DTYPES = (torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.float64, torch.bool)
 
@@ -56,3 +59,13 @@ def why_not(op: str, *args: object) -> str | None:
         if dtype == torch.float64 and op.startswith(("select_", "scored_")):
             return f"{op} computes in float32 and got float64"
     return None
+
+
+def plan(op: str, *args: Any) -> str | None:
+    """Which kernel would run ``op`` on ``args``, and why; None where there is no choice."""
+    if op != "masked_linear":
+        return None
+    x, values, words = args[:3]
+    sizes = x.shape[0], words.shape[0], x.shape[1], values.numel()
+    decision = linear_decision(*sizes, x.dtype, bounds_of(isa()))
+    return f"{decision.plan} ({decision.why})"

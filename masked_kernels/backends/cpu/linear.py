@@ -1,6 +1,6 @@
 """Masked linear layers, forward and backward."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from .aligned import aligned_linear, aligned_linear_grad_x
 from .bits import decode
 from .grad import apply_scores, masked_
 from .phased import phased_linear
-from .plan import linear_plan, row_patterns
+from .plan import Plan, linear_plan, row_patterns
 
 _PANEL_BYTES = 1 << 22  # small enough for the L2 caches, large enough to occupy the threads
 _WEIGHTS_PER_PATTERN_OF_GRAD_X = 1 << 18  # each pattern is a product of its own
@@ -21,18 +21,7 @@ def masked_linear(
 ) -> Tensor:
     rows = words.shape[0]
     plan = linear_plan(x.shape[0], rows, x.shape[1], values.numel(), x.dtype, isa())
-    if plan == "aligned":
-        return aligned_linear(x, values, words, bias, scale)
-    if plan == "phased":
-        return phased_linear(x, values, words, bias, scale)
-    if plan == "direct":
-        return _direct_linear(x, values, words, bias, scale)
-    y = x.new_empty((x.shape[0], rows))
-    for begin, end, panel in _panels(values, words, x.shape[1]):
-        out = y[:, begin:end]
-        added = out if bias is None else bias[begin:end]
-        torch.addmm(added, x, panel.t(), beta=int(bias is not None), alpha=number(scale), out=out)
-    return y
+    return LINEAR[plan](x, values, words, bias, scale)
 
 
 def masked_linear_grad_x(
@@ -75,6 +64,26 @@ def _direct_linear(
         optional_float(scale),
     )
     return y if x.dtype == y.dtype else y.to(x.dtype)
+
+
+def _panels_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    y = x.new_empty((x.shape[0], words.shape[0]))
+    for begin, end, panel in _panels(values, words, x.shape[1]):
+        out = y[:, begin:end]
+        added = out if bias is None else bias[begin:end]
+        torch.addmm(added, x, panel.t(), beta=int(bias is not None), alpha=number(scale), out=out)
+    return y
+
+
+LINEAR: dict[Plan, Callable[..., Tensor]] = {
+    "aligned": aligned_linear,
+    "phased": phased_linear,
+    "direct": _direct_linear,
+    "panels": _panels_linear,
+}
+"""``masked_linear`` of each plan; their results differ by rounding alone."""
 
 
 def _panels(values: Tensor, words: Tensor, cols: int) -> Iterator[tuple[int, int, Tensor]]:

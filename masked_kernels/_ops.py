@@ -19,8 +19,8 @@ NAMES: list[str] = []
 """Every op, in the order of definition."""
 
 
-def _define(name: str, arguments: str, fake: Callable[..., Any]) -> Any:
-    """Register ``masked_kernels::name(arguments, str backend) -> Tensor`` and return its default
+def _define(name: str, arguments: str, fake: Callable[..., Any], result: str = "Tensor") -> Any:
+    """Register ``masked_kernels::name(arguments, str backend) -> result`` and return its default
     overload.
     """
 
@@ -30,7 +30,7 @@ def _define(name: str, arguments: str, fake: Callable[..., Any]) -> Any:
         return select(name, args[-1], *args[:-1])(*args[:-1])
 
     _library.define(
-        f"{name}({arguments}, str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+        f"{name}({arguments}, str backend) -> {result}", tags=(torch.Tag.pt2_compliant_tag,)
     )
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"masked_kernels::{name}", fake, lib=_library)
@@ -103,6 +103,12 @@ transpose = _define(
     lambda w, cols, _: w.new_empty((cols, words_per_row(w.shape[0]))),
 )
 select_topk = _define("select_topk", "Tensor scores, SymInt drop, bool absolute", _fake_words)
+select_topk_many = _define(
+    "select_topk_many",
+    "Tensor[] scores, SymInt[] drops, bool absolute",
+    lambda scores, *_: [_fake_words(s) for s in scores],
+    result="Tensor[]",
+)
 select_threshold = _define("select_threshold", "Tensor scores, float threshold", _fake_words)
 select_nm = _define("select_nm", "Tensor scores, SymInt n, SymInt m, bool absolute", _fake_words)
 decode = _define(

@@ -10,6 +10,8 @@ The kernels compute in float32; 16-bit inputs are widened where that is cheap. T
 (``torch.set_num_threads``).
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from .bits import (
     select_nm,
     select_threshold,
     select_topk,
+    select_topk_many,
     transpose,
     unpack,
 )
@@ -42,7 +45,7 @@ _DTYPES = (torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.floa
 
 def why_not(op: str, *args: object) -> str | None:
     """None if ``op`` can run on ``args`` here, else the reason why not."""
-    for arg in args:
+    for arg in chain.from_iterable(a if isinstance(a, list) else (a,) for a in args):
         if not isinstance(arg, Tensor):
             continue
         if not arg.is_cpu:

@@ -17,7 +17,7 @@ def linear_plan(
     """
     if dtype == torch.float64 or isa == "scalar":
         return "panels"
-    if isa == "avx512" and (dtype == torch.float32 or tokens <= 32):
+    if isa != "scalar" and (dtype == torch.float32 or tokens <= 32):
         patterns = row_patterns(cols, period)
         least = _ROWS_PER_PATTERN if tokens <= 32 else _ROWS_PER_PATTERN_OF_MANY_TOKENS
         if patterns is not None and rows >= least * patterns:

@@ -15,15 +15,16 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format ctest clean
+.PHONY: help demo test bench lint format ctest sanitize clean
 
 help:
-	@echo 'make demo    train, pack, save, reload and time a masked network, write demo/report.html'
-	@echo 'make test    linters, C++ tests, Python tests'
-	@echo 'make bench   short form of the benchmarks, under 5 minutes'
-	@echo 'make lint    ruff, mypy, clang-format'
-	@echo 'make format  format Python and C++'
-	@echo 'make clean   remove everything that these made'
+	@echo 'make demo      train, pack, save, reload and time a masked network, write demo/report.html'
+	@echo 'make test      linters, C++ tests, Python tests'
+	@echo 'make bench     short form of the benchmarks, under 5 minutes'
+	@echo 'make lint      ruff, mypy, clang-format'
+	@echo 'make format    format Python and C++'
+	@echo 'make sanitize  C++ tests under the address and undefined-behaviour sanitizers'
+	@echo 'make clean     remove everything that these made'
 
 demo: .venv/.package
 	@echo '── Demo: a masked network from training to a packed file'
@@ -50,6 +51,13 @@ ctest: .venv/.package
 	@time { $(BIN)/cmake -S . -B build/ctest -DCMAKE_BUILD_TYPE=Release > build/ctest-configure.log \
 	  || { cat build/ctest-configure.log; exit 1; } ; \
 	  $(BIN)/cmake --build build/ctest --parallel && $(BIN)/ctest --test-dir build/ctest --output-on-failure; }
+
+sanitize: .venv/.tools
+	@echo '── C++ tests under the address and undefined-behaviour sanitizers'
+	@mkdir -p build
+	@time { $(BIN)/cmake -S . -B build/sanitize -DMASKED_KERNELS_SANITIZE=ON > build/sanitize-configure.log \
+	  || { cat build/sanitize-configure.log; exit 1; } ; \
+	  $(BIN)/cmake --build build/sanitize --parallel && $(BIN)/ctest --test-dir build/sanitize --output-on-failure; }
 
 .venv/.tools:
 	@echo '── .venv with build tools'

@@ -19,8 +19,8 @@ NAMES: list[str] = []
 """Every op, in the order of definition."""
 
 
-def _define(name: str, arguments: str, fake: Callable[..., Any]) -> Any:
-    """Register ``masked_kernels::name(arguments, str backend) -> Tensor``; return what calls it."""
+def _define(name: str, arguments: str, fake: Callable[..., Any], result: str = "Tensor") -> Any:
+    """Register ``masked_kernels::name(arguments, str backend) -> result``; return what calls it."""
 
     NAMES.append(name)
 
@@ -28,11 +28,14 @@ def _define(name: str, arguments: str, fake: Callable[..., Any]) -> Any:
         return select(name, args[-1], *args[:-1])(*args[:-1])
 
     _library.define(
-        f"{name}({arguments}, str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+        f"{name}({arguments}, str backend) -> {result}", tags=(torch.Tag.pt2_compliant_tag,)
     )
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"masked_kernels::{name}", fake, lib=_library)
     op = getattr(torch.ops.masked_kernels, name).default
+
+    if "Tensor[]" in arguments:
+        return op
 
     def call(*args: Any) -> Any:
         return run(*args) if _is_plain_call(args) else op(*args)
@@ -41,6 +44,7 @@ def _define(name: str, arguments: str, fake: Callable[..., Any]) -> Any:
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, list, type(None)))
+"""Types of arguments; a list is of integers."""
 
 
 def _is_plain_call(args: tuple[Any, ...]) -> bool:
@@ -127,6 +131,12 @@ transpose = _define(
     lambda w, cols, _: w.new_empty((cols, words_per_row(w.shape[0]))),
 )
 select_topk = _define("select_topk", "Tensor scores, SymInt drop, bool absolute", _fake_words)
+select_topk_many = _define(
+    "select_topk_many",
+    "Tensor[] scores, SymInt[] drops, bool absolute",
+    lambda scores, *_: [_fake_words(s) for s in scores],
+    result="Tensor[]",
+)
 select_threshold = _define("select_threshold", "Tensor scores, float threshold", _fake_words)
 select_nm = _define("select_nm", "Tensor scores, SymInt n, SymInt m, bool absolute", _fake_words)
 decode = _define(

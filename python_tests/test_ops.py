@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from masked_kernels import _ops
 
@@ -38,6 +39,7 @@ def samples() -> dict[str, list[tuple[object, ...]]]:
         "popcount": [(words,)],
         "transpose": [(words, k)],
         "select_topk": [(scores, 80, True), (scores.t(), 80, False)],
+        "select_topk_many": [([scores, x.t(), scores[:0]], [80, 0, 0], True), ([], [], False)],
         "select_threshold": [(scores, 0.1)],
         "select_nm": [(scores, 2, 4, True)],
         "decode": [(dense, words, k), (prototype, words, k)],
@@ -80,6 +82,10 @@ def samples() -> dict[str, list[tuple[object, ...]]]:
     }
 
 
+def flat(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 def test_every_op_has_samples() -> None:
     assert set(samples()) == set(_ops.NAMES)
 
@@ -103,11 +109,9 @@ def test_fake_strides(name: str, backend: str) -> None:
     for arguments in samples()[name]:
         real = op(*arguments, backend)
         with torch._subclasses.FakeTensorMode() as mode:
-            fake = op(
-                *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments),
-                backend,
-            )
-        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+            fake = op(*tree_map_only(torch.Tensor, mode.from_tensor, arguments), backend)
+        for f, r in zip(flat(fake), flat(real), strict=True):
+            assert (f.shape, f.stride(), f.dtype) == (r.shape, r.stride(), r.dtype)
 
 
 @pytest.mark.parametrize("name", sorted(samples()))
@@ -115,9 +119,10 @@ def test_results_are_fresh_and_repeatable(name: str, backend: str) -> None:
     """No op returns or writes its inputs, and twice the same call gives the same bits."""
     op = getattr(_ops, name)
     for arguments in samples()[name]:
-        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        tensors = flat(arguments)
         before = [t.clone() for t in tensors]
-        first, second = op(*arguments, backend), op(*arguments, backend)
-        assert torch.equal(first, second)
+        first, second = flat(op(*arguments, backend)), flat(op(*arguments, backend))
+        assert all(torch.equal(f, s) for f, s in zip(first, second, strict=True))
         assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
-        assert first.data_ptr() not in {t.data_ptr() for t in tensors}
+        inputs = {t.data_ptr() for t in tensors if t.numel()}
+        assert inputs.isdisjoint(f.data_ptr() for f in first if f.numel())

@@ -23,8 +23,9 @@ constexpr int64_t kTableColumns = 4;            // columns of a table
 constexpr int64_t kWordTables = kWordBits / kTableColumns;
 constexpr int64_t kCachedWords = 12; // of columns whose tables for kMaxTokens fit the L1 cache
 
-// sums [blocks, tokens, 16] += the looked-up tables [words * 8, tokens, 16] of `words` words of
-// columns. A block's tile is [words, 16]; that of the next block lies `tile_stride` words on.
+// sums [blocks, tokens, 16] += the looked-up tables [words * 8, tokens, 16] (avx2: [words * 11,
+// tokens, 8]) of `words` words of columns. A block's tile is [words, 16]; that of the next block
+// lies `tile_stride` words on.
 using MicroKernel = void (*)(
     const uint32_t* tiles, int64_t tile_stride, int64_t words, const float* tables, float* sums);
 
@@ -34,7 +35,7 @@ struct Variant {
   MicroKernel single; // for the blocks that remain
 };
 
-// tables [columns / 4, tokens, 16] from x [tokens, columns], columns a multiple of 32
+// The tables of `columns` columns from x [tokens, columns], columns a multiple of 32
 using BuildTables = void (*)(const float* x, int64_t tokens, int64_t columns, float* tables);
 
 // out [count] = x . values
@@ -101,11 +102,80 @@ constexpr Kernels kKernels = {scale, build_tables, finish,
 } // namespace scalar
 
 #if MK_X86
-// Eight lanes hold half a table: two permutations and a blend lose to the multiply-adds of
-// masked_linear, so there is no kernel of its own.
+// Eight lanes hold the 8 sums of 3 columns, and half a block. 11 such tables serve a word: the
+// last one has 2 columns.
 namespace avx2 {
-using scalar::kKernels;
+
+constexpr int64_t kHalf = kLanes / 2;
+constexpr int64_t kColumns = 3, kTables = 11;
+
+// As in avx512, but the totals stay in memory: registers are few.
+template <int kBlocks, int kTokens>
+MK_AVX2 void micro_kernel(
+    const uint32_t* tiles, int64_t tile_stride, int64_t words, const float* tables, float* sums) {
+  for (int64_t word = 0; word < words; ++word, tiles += kLanes) {
+    __m256i index[2 * kBlocks];
+    __m256 acc[2 * kBlocks][kTokens];
+#pragma GCC unroll 8
+    for (int b = 0; b < 2 * kBlocks; ++b) {
+      const uint32_t* half = tiles + b / 2 * tile_stride + b % 2 * kHalf;
+      index[b] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half));
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t)
+        acc[b][t] = _mm256_setzero_ps();
+    }
+#pragma GCC unroll 1
+    for (int64_t table = 0; table < kTables; ++table, tables += kTokens * kHalf)
+#pragma GCC unroll 8
+      for (int b = 0; b < 2 * kBlocks; ++b) {
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+          const __m256 sum_of = _mm256_load_ps(tables + t * kHalf);
+          const __m256 sum = _mm256_permutevar8x32_ps(sum_of, index[b]); // by the low 3 bits
+          acc[b][t] = _mm256_add_ps(acc[b][t], sum);
+        }
+        index[b] = _mm256_srli_epi32(index[b], kColumns);
+      }
+#pragma GCC unroll 8
+    for (int b = 0; b < 2 * kBlocks; ++b)
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        float* sum = sums + ((b / 2 * kTokens + t) * 2 + b % 2) * kHalf;
+        _mm256_store_ps(sum, _mm256_add_ps(_mm256_load_ps(sum), acc[b][t]));
+      }
+  }
 }
+
+// Lanes whose subset holds column j.
+MK_AVX2 MK_INLINE __m256 subsets_with(int j) {
+  const __m256i subset = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i bit = _mm256_set1_epi32(1 << j);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(subset, bit), bit));
+}
+
+MK_AVX2 void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables) {
+  const __m256 with[kColumns] = {subsets_with(0), subsets_with(1), subsets_with(2)};
+  for (int64_t word = 0; word < columns; word += kWordBits)
+    for (int64_t j = 0; j < kWordBits; j += kColumns)
+      for (int64_t t = 0; t < tokens; ++t, tables += kHalf) {
+        const float* three = x + t * columns + word + j;
+        __m256 sums = _mm256_setzero_ps();
+        for (int64_t i = 0; i < std::min(kColumns, kWordBits - j); ++i)
+          sums = _mm256_add_ps(sums, _mm256_and_ps(with[i], _mm256_set1_ps(three[i])));
+        _mm256_store_ps(tables, sums);
+      }
+}
+
+template <int kBlocks, int kTokens>
+constexpr Variant variant() {
+  return {kBlocks, micro_kernel<kBlocks, kTokens>, micro_kernel<1, kTokens>};
+}
+
+constexpr Kernels kKernels = {scalar::scale, build_tables, scalar::finish,
+    {variant<3, 1>(), variant<2, 2>(), variant<1, 3>(), variant<1, 4>(), variant<1, 5>(),
+        variant<1, 6>()}};
+
+} // namespace avx2
 
 namespace avx512 {
 

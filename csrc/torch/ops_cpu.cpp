@@ -7,10 +7,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
+#include <vector>
 
 namespace masked_kernels {
 namespace {
@@ -137,12 +139,37 @@ Scores scores_of(const Tensor& scores) {
       empty({shape.rows, words_per_row(shape.cols)}, ScalarType::Int)};
 }
 
+void check_drop(int64_t drop, Shape shape) {
+  check(drop >= 0 && drop <= shape.elements(), "drop: got ", drop, ", expected 0 to ",
+      shape.elements());
+}
+
 Selected select_topk_op(const Tensor& scores, int64_t drop, bool absolute) {
   Scores s = scores_of(scores);
-  check(drop >= 0 && drop <= s.shape.elements(), "drop: got ", drop, ", expected 0 to ",
-      s.shape.elements());
+  check_drop(drop, s.shape);
   const int64_t nan = select_topk({s.data, s.shape, drop, absolute, new_words(s.words)}, exec());
   return {s.words, nan};
+}
+
+// The words of all, then which of the tensors holds a NaN, and where, or -1.
+std::tuple<std::vector<Tensor>, int64_t, int64_t> select_topk_many_op(
+    const std::vector<Tensor>& scores, const std::vector<int64_t>& drops, bool absolute) {
+  check(drops.size() == scores.size(), "drops: got ", drops.size(), " numbers for ", scores.size(),
+      " tensors");
+  std::vector<Tensor> words;
+  std::vector<SelectTopk> params;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    Scores s = scores_of(scores[i]);
+    check_drop(drops[i], s.shape);
+    params.push_back({s.data, s.shape, drops[i], absolute, new_words(s.words)});
+    words.push_back(std::move(s.words));
+  }
+  std::vector<int64_t> nans(params.size());
+  select_topk_many(params.data(), static_cast<int64_t>(params.size()), nans.data(), exec());
+  const auto nan = std::find_if(nans.begin(), nans.end(), [](int64_t i) { return i >= 0; });
+  if (nan == nans.end())
+    return {words, -1, -1};
+  return {words, nan - nans.begin(), *nan};
 }
 
 Selected select_threshold_op(const Tensor& scores, double threshold) {
@@ -329,6 +356,7 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("popcount(Tensor words) -> Tensor");
   m.def("transpose(Tensor words, int cols) -> Tensor");
   m.def("select_topk(Tensor scores, int drop, bool absolute) -> (Tensor, int)");
+  m.def("select_topk_many(Tensor[] scores, int[] drops, bool absolute) -> (Tensor[], int, int)");
   m.def("select_threshold(Tensor scores, float threshold) -> (Tensor, int)");
   m.def("select_nm(Tensor scores, int n, int m, bool absolute) -> (Tensor, int)");
   m.def("decode_(Tensor(a!) out, Tensor values, Tensor words, int row) -> ()");
@@ -349,6 +377,7 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa_op));
+  m.impl("select_topk_many", TORCH_BOX(&select_topk_many_op)); // a list may be empty: no CPU key
 }
 
 STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {

@@ -2,7 +2,7 @@
 
 A backend is a module of this folder with functions named after the ops of ``_ops.py``,
 ``why_unavailable() -> str | None`` and ``why_not(op, *args) -> str | None``; one that chooses among
-kernels has ``plan(op, *args) -> str | None`` too. Listing its name in ``ORDER`` is all the
+kernels has ``kernel_choice(op, *args) -> str | None`` too. Listing its name in ``ORDER`` is all the
 registration there is.
 """
 
@@ -124,8 +124,8 @@ def explain_choice(op: str, *args: Any, backend: str = AUTO) -> str:
     Raises ``BackendError`` if none can.
     """
     name = choose(op, backend, *args)
-    plan = getattr(_module(name), "plan", None)
-    chosen = None if plan is None else plan(op, *args)
+    kernel_choice = getattr(_module(name), "kernel_choice", None)
+    chosen = None if kernel_choice is None else kernel_choice(op, *args)
     return name if chosen is None else f"{name}: {chosen}"
 
 

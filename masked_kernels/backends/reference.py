@@ -46,10 +46,14 @@ def transpose(words: Tensor, cols: int) -> Tensor:
 
 
 def select_topk(scores: Tensor, drop: int, absolute: bool) -> Tensor:
-    keys = _keys(scores, absolute).flatten()
-    mask = torch.ones_like(keys, dtype=torch.bool)
-    mask[keys.argsort(stable=True)[:drop]] = False
-    return pack(mask.view(scores.shape))
+    return _select_topk(scores, drop, absolute, "scores")
+
+
+def select_topk_many(scores: list[Tensor], drops: list[int], absolute: bool) -> list[Tensor]:
+    return [
+        _select_topk(s, drop, absolute, f"scores[{i}]")
+        for i, (s, drop) in enumerate(zip(scores, drops, strict=True))
+    ]
 
 
 def select_threshold(scores: Tensor, threshold: float) -> Tensor:
@@ -170,10 +174,17 @@ def scored_conv2d_grad_scores(
     return _grad_scores(grad, values, scores, scale, absolute).contiguous()
 
 
-def _keys(scores: Tensor, absolute: bool) -> Tensor:
+def _select_topk(scores: Tensor, drop: int, absolute: bool, name: str) -> Tensor:
+    keys = _keys(scores, absolute, name).flatten()
+    mask = torch.ones_like(keys, dtype=torch.bool)
+    mask[keys.argsort(stable=True)[:drop]] = False
+    return pack(mask.view(scores.shape))
+
+
+def _keys(scores: Tensor, absolute: bool, name: str = "scores") -> Tensor:
     if (nan := scores.isnan()).any():
         index = int(nan.flatten().int().argmax())
-        raise ValueError(f"scores: NaN at flat index {index}; scores must not contain NaN")
+        raise ValueError(f"{name}: NaN at flat index {index}; scores must not contain NaN")
     return scores.abs() if absolute else scores
 
 

@@ -41,6 +41,9 @@ struct SelectTopk {
 };
 int64_t select_topk(const SelectTopk& params, const Exec& exec);
 
+// The same for several tensors at once, which threads share: nans[i] = select_topk(params[i]).
+void select_topk_many(const SelectTopk* params, int64_t count, int64_t* nans, const Exec& exec);
+
 struct SelectNM {
   const float* scores;
   Shape shape;

@@ -12,6 +12,7 @@ The kernels compute in float32; 16-bit inputs are widened where that is cheap. T
 (``torch.set_num_threads``).
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .bits import (
     select_nm,
     select_threshold,
     select_topk,
+    select_topk_many,
     transpose,
     unpack,
 )
@@ -48,7 +50,7 @@ _DTYPES = (torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.floa
 
 def why_not(op: str, *args: object) -> str | None:
     """None if ``op`` can run on ``args`` here, else the reason why not."""
-    for arg in args:
+    for arg in chain.from_iterable(a if isinstance(a, list) else (a,) for a in args):
         if not isinstance(arg, Tensor):
             continue
         if not arg.is_cpu:
@@ -61,7 +63,7 @@ def why_not(op: str, *args: object) -> str | None:
     return None
 
 
-def plan(op: str, *args: Any) -> str | None:
+def kernel_choice(op: str, *args: Any) -> str | None:
     """Which kernel would run ``op`` on ``args``, and why; None where there is no choice."""
     if op != "masked_linear":
         return None

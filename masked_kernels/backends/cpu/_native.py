@@ -47,9 +47,5 @@ def optional_float(t: Tensor | None) -> Tensor | None:
     return None if t is None else as_float(t)
 
 
-def number(scale: Tensor | None) -> float:
-    return 1.0 if scale is None else scale.item()
-
-
 def scaled_(t: Tensor, scale: Tensor | None) -> Tensor:
     return t if scale is None else t.mul_(scale)

@@ -30,6 +30,13 @@ def select_topk(scores: Tensor, drop: int, absolute: bool) -> Tensor:
     return _selected(*native().select_topk(as_float(scores), drop, absolute))
 
 
+def select_topk_many(scores: list[Tensor], drops: list[int], absolute: bool) -> list[Tensor]:
+    words: list[Tensor]
+    words, tensor, nan = native().select_topk_many([as_float(s) for s in scores], drops, absolute)
+    _check_nan(f"scores[{tensor}]", nan)
+    return words
+
+
 def select_threshold(scores: Tensor, threshold: float) -> Tensor:
     # torch compares a tensor with a number in the dtype of the tensor.
     rounded = torch.tensor(threshold, dtype=scores.dtype).item()
@@ -47,6 +54,10 @@ def decode(values: Tensor, words: Tensor, cols: int) -> Tensor:
 
 
 def _selected(words: Tensor, nan: int) -> Tensor:
-    if nan >= 0:
-        raise ValueError(f"scores: NaN at flat index {nan}; scores must not contain NaN")
+    _check_nan("scores", nan)
     return words
+
+
+def _check_nan(name: str, nan: int) -> None:
+    if nan >= 0:
+        raise ValueError(f"{name}: NaN at flat index {nan}; scores must not contain NaN")

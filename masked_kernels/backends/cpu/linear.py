@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ._native import as_float, isa, native, number, optional_float, scaled_
+from ._native import as_float, isa, native, optional_float, scaled_
 from .aligned import aligned_linear, aligned_linear_grad_x
 from .bits import decode
 from .grad import apply_scores, masked_
@@ -36,8 +36,8 @@ def masked_linear_grad_x(
         # A sum over panels would round to 16 bits after each of them.
         return grad_y @ scaled_(decode(values, words, cols), scale)
     grad_x = grad_y.new_empty((grad_y.shape[0], cols))
-    for begin, end, panel in _panels(values, words, cols):
-        grad_x.addmm_(grad_y[:, begin:end], panel, beta=int(begin > 0), alpha=number(scale))
+    for begin, end, panel in _panels(values, words, cols, scale):
+        grad_x.addmm_(grad_y[:, begin:end], panel, beta=int(begin > 0))
     return grad_x
 
 
@@ -70,10 +70,10 @@ def _panels_linear(
     x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
 ) -> Tensor:
     y = x.new_empty((x.shape[0], words.shape[0]))
-    for begin, end, panel in _panels(values, words, x.shape[1]):
+    for begin, end, panel in _panels(values, words, x.shape[1], scale):
         out = y[:, begin:end]
         added = out if bias is None else bias[begin:end]
-        torch.addmm(added, x, panel.t(), beta=int(bias is not None), alpha=number(scale), out=out)
+        torch.addmm(added, x, panel.t(), beta=int(bias is not None), out=out)
     return y
 
 
@@ -86,8 +86,14 @@ LINEAR: dict[Plan, Callable[..., Tensor]] = {
 """``masked_linear`` of each plan; their results differ by rounding alone."""
 
 
-def _panels(values: Tensor, words: Tensor, cols: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield (begin, end, weight rows [begin, end)); each panel is good until the next step."""
+def _panels(
+    values: Tensor, words: Tensor, cols: int, scale: Tensor | None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (begin, end, weight rows [begin, end)); each panel is good until the next step.
+
+    Scaling the weight, not the product, rounds as plain PyTorch does: where all rows are equal
+    there is little to average out, and products rounded otherwise are three times apart.
+    """
     values, words = values.contiguous(), words.contiguous()
     rows = words.shape[0]
     height = max(64, _PANEL_BYTES // max(cols * values.element_size(), 1))
@@ -96,4 +102,4 @@ def _panels(values: Tensor, words: Tensor, cols: int) -> Iterator[tuple[int, int
         end = min(begin + height, rows)
         panel = scratch[: end - begin]
         native().decode_(panel, values, words, begin)
-        yield begin, end, panel
+        yield begin, end, scaled_(panel, scale)

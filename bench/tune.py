@@ -91,9 +91,7 @@ def fit(times: Times) -> Bounds:
     best = Bounds()
     while True:
         better = best
-        for name, place in itertools.product(
-            ("aligned_rows", "phased_tokens", "direct_tokens"), range(3)
-        ):
+        for name, place in itertools.product(("aligned_rows", "direct_tokens"), range(3)):
             bounds = getattr(better, name)
             if place >= len(bounds):
                 continue

@@ -1,13 +1,11 @@
 """The native CPU backend: the kernels of ``csrc/cpu`` where they win, else decode and torch.
 
-``masked_linear`` has four ways, and ``linear_plan`` chooses. *Aligned* serves prototypes whose
+``masked_linear`` has three ways, and ``linear_plan`` chooses. *Aligned* serves prototypes whose
 period fits the rows: x is scaled once and the bits alone select what is summed, at any batch in
 fewer instructions than a dense product. *Direct* reads bits and values inside the multiplication
 and never writes a dense weight: at small batch it moves a fraction of the bytes a dense layer
-would. *Phased* does so for one or two tokens and a prototype of any period, with rows sorted so
-that they read whole cache lines of it. *Panels* decodes some rows at a time into one scratch that
-stays in the L2 cache and hands it to the library: at large batch the decoding is lost in the
-multiplication.
+would. *Panels* decodes some rows at a time into one scratch that stays in the L2 cache and hands
+it to the library: at large batch the decoding is lost in the multiplication.
 The kernels compute in float32; 16-bit inputs are widened where that is cheap. Threads are torch's
 (``torch.set_num_threads``).
 """

@@ -1,5 +1,5 @@
-"""What kernels read in place of a mask's words or a prototype's values, kept while these live:
-laying them out costs as much as a product with one token.
+"""What kernels read in place of a mask's words, kept while these live: laying it out costs as much
+as a product with one token.
 """
 
 import weakref

@@ -9,7 +9,6 @@ from ._native import as_float, isa, native, optional_float, scaled_
 from .aligned import aligned_linear, aligned_linear_grad_x
 from .bits import decode
 from .grad import apply_scores, masked_
-from .phased import phased_linear
 from .plan import Plan, linear_plan, row_patterns
 
 _PANEL_BYTES = 1 << 22  # small enough for the L2 caches, large enough to occupy the threads
@@ -79,7 +78,6 @@ def _panels_linear(
 
 LINEAR: dict[Plan, Callable[..., Tensor]] = {
     "aligned": aligned_linear,
-    "phased": phased_linear,
     "direct": _direct_linear,
     "panels": _panels_linear,
 }

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Plan = Literal["aligned", "phased", "direct", "panels"]
+Plan = Literal["aligned", "direct", "panels"]
 
 PLANS = Path(__file__).with_name("plans.json")
 """The bounds of each instruction set; ``python -m bench tune`` measures them anew."""
@@ -24,14 +24,12 @@ class Bounds:
     Args:
         aligned_rows: rows that each pattern must serve for *aligned* to win, of few tokens and of
             many; None for never.
-        phased_tokens: the most tokens at which *phased* wins, with a prototype and long rows.
         direct_tokens: the most tokens at which *direct* wins: with a prototype and long rows, with
             a prototype and short rows, and with a dense weight, whose values are read from memory
             anew for every few tokens.
     """
 
     aligned_rows: tuple[int | None, int | None] = (None, None)
-    phased_tokens: tuple[int] = (0,)
     direct_tokens: tuple[int, int, int] = (0, 0, 0)
 
 
@@ -66,10 +64,7 @@ def linear_decision(
     is_dense = 2 * period > rows * cols
     if is_dense and dtype != torch.float32:  # widening the values costs as much as decoding
         return Decision("panels", f"a dense weight in {dtype}")
-    is_long = cols >= _LONG_ROW
-    if is_long and not is_dense and few and tokens <= bounds.phased_tokens[0]:
-        return Decision("phased", f"tokens {tokens} ≤ {bounds.phased_tokens[0]}")
-    kind = 2 if is_dense else 0 if is_long else 1
+    kind = 2 if is_dense else 0 if cols >= _LONG_ROW else 1
     most = bounds.direct_tokens[kind]
     if tokens <= most:
         return Decision("direct", f"tokens {tokens} ≤ {most}")

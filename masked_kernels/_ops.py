@@ -65,6 +65,24 @@ def _fake_masked_conv2d(
     )
 
 
+def _fake_masked_conv2d_fused(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    affine: Tensor,
+    activation: str,
+    residual: Tensor | None,
+    *geometry: Any,
+) -> Tensor:
+    spatial = map(_fake_conv_size, x.shape[2:], *geometry[:4])
+    return torch.empty(
+        (x.shape[0], words.shape[0], *spatial),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
 def _fake_masked_conv2d_grad_x(
     grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, x_size: list[int], *_: Any
 ) -> Tensor:
@@ -135,6 +153,12 @@ masked_conv2d = _define(
     "Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale, "
     f"SymInt[] kernel_size, {_CONV}",
     _fake_masked_conv2d,
+)
+masked_conv2d_fused = _define(
+    "masked_conv2d_fused",
+    "Tensor x, Tensor values, Tensor words, Tensor affine, str activation, Tensor? residual, "
+    f"SymInt[] kernel_size, {_CONV}",
+    _fake_masked_conv2d_fused,
 )
 masked_conv2d_grad_x = _define(
     "masked_conv2d_grad_x",

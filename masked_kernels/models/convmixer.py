@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn import Residual
 from .registry import register_model
 
 
@@ -46,12 +47,14 @@ class ConvMixer(nn.Module):
 class ConvMixerBlock(nn.Module):
     def __init__(self, dim: int, kernel_size: int) -> None:
         super().__init__()
-        self.depthwise = _conv_gelu_norm(dim, dim, kernel_size, padding="same", groups=dim)
+        self.depthwise = Residual(
+            *_conv_gelu_norm(dim, dim, kernel_size, padding="same", groups=dim)
+        )
         self.pointwise = _conv_gelu_norm(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, dim, H, W]`` to the same."""
-        y: Tensor = self.pointwise(x + self.depthwise(x))
+        y: Tensor = self.pointwise(self.depthwise(x))
         return y
 
 

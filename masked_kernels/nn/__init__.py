@@ -3,6 +3,7 @@
 from .convert import ConversionReport, mask_model_, materialize_, pack_model_
 from .masked import MaskedConv2d, MaskedLinear
 from .packed import PackedConv2d, PackedLinear
+from .packed_sequential import PackedSequential, Residual
 from .summary import Summary, summary
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "MaskedLinear",
     "PackedConv2d",
     "PackedLinear",
+    "PackedSequential",
+    "Residual",
     "Summary",
     "mask_model_",
     "materialize_",

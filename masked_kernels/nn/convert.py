@@ -16,6 +16,7 @@ from ._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
 from .config import MaskConfig
 from .masked import MaskedConv2d, MaskedLinear, _MaskedLayer
 from .packed import pack_layer
+from .packed_sequential import PackedSequential, is_fusable
 
 FilterFn = Callable[[str, nn.Module], bool]
 
@@ -67,15 +68,32 @@ def mask_model_(
 def pack_model_(model: nn.Module) -> ConversionReport:
     """Replace every masked layer by its packed form (bits and values), in place, with the same
     outputs.
+
+    An ``nn.Sequential`` or Residual inside the model that holds a convolution followed by
+    BatchNorm2d, GELU or ReLU becomes a PackedSequential, which runs them as one op: the same
+    outputs up to rounding.
     """
-    return _convert(model, _MaskedLayer, pack_layer)
+    report = _convert(model, _MaskedLayer, pack_layer)
+    fuse_(model)
+    return report
+
+
+def fuse_(model: nn.Module) -> None:
+    """Make every sequence that can run packed layers as one op a PackedSequential, in place."""
+    for module in reversed(list(model.modules())):  # the inner ones first
+        if module is not model and is_fusable(module):
+            _replace(model, {module: PackedSequential(module)})  # type: ignore[arg-type]
 
 
 def materialize_(model: nn.Module) -> ConversionReport:
     """Replace every masked or packed layer by a plain ``nn.Linear`` or ``nn.Conv2d``, in place,
     with the same outputs.
     """
-    return _convert(model, FrozenLayer, lambda layer: layer.to_plain())
+    report = _convert(model, FrozenLayer, lambda layer: layer.to_plain())
+    for module in reversed(list(model.modules())):
+        if isinstance(module, PackedSequential):
+            _replace(model, {module: module.to_plain()})
+    return report
 
 
 def _convert(

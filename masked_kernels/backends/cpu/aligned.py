@@ -23,6 +23,27 @@ def aligned_linear(
     return y.to(x.dtype)
 
 
+def aligned_linear_fused(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    affine: Tensor,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """For one row pattern; ``residual`` is of the result's shape."""
+    y: Tensor = native().aligned_linear_fused(
+        x,
+        as_float(values),
+        _tiles(words, x.shape[1], 1),
+        words.shape[0],
+        affine,
+        activation,
+        residual,
+    )
+    return y
+
+
 def aligned_linear_grad_x(
     grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, cols: int
 ) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import masked_kernels as mk
 from masked_kernels import _ops
+from masked_kernels.nn import packed_sequential
 
 ACTIVATIONS = {"identity": lambda y: y, "gelu": F.gelu, "relu": F.relu}
 
@@ -223,6 +224,36 @@ def test_the_orders_that_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert run(*rest) == alone, rest
     assert run(nn.ReLU(), padding_mode="reflect") == alone
+
+
+def test_a_large_batch_runs_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = trained(), torch.randn(5, 3, 16, 16)
+    mk.pack_model_(model)
+    with torch.no_grad():
+        whole = model(x)
+        monkeypatch.setattr(packed_sequential, "_SLICE_BYTES", 1)  # of the smallest size
+        calls = fused_calls(monkeypatch)
+        sliced = model(x)
+    slices = 5
+    assert calls.count("masked_conv2d_fused") == 1 + 4 * slices
+    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        assert model(x[:0]).shape == (0, 10)
+
+
+def test_a_change_inside_counts_too() -> None:
+    model, x = trained(), torch.randn(2, 3, 16, 16)
+    packed = copy.deepcopy(model)
+    mk.pack_model_(packed)
+    with torch.no_grad():
+        packed(x)
+        for form in (model, packed):
+            form.blocks[1].depthwise[2] = nn.BatchNorm2d(32, eps=0.1).eval()
+            form.blocks[0].pointwise[2].eps = 0.5
+        torch.testing.assert_close(packed(x), model(x))
+        packed.blocks[0].pointwise[2].train()  # statistics of the whole batch: no slices, no fusion
+        model.blocks[0].pointwise[2].train()
+        torch.testing.assert_close(packed(x), model(x))
 
 
 def test_what_runs_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

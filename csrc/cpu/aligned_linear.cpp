@@ -7,6 +7,7 @@
 // multiply-add would need five instructions for. The sums are those of float32, nothing is rounded
 // that a dot product would not round.
 #include "epilogue.h"
+#include "prefetch.h"
 
 #include "masked_kernels/kernels.h"
 
@@ -31,8 +32,8 @@ int64_t tile_words(int64_t cols) {
 
 // sums [blocks, tokens, 16] += the looked-up tables [words * 6, tokens, 32] of `words` words of
 // columns. A block's tile is [words, 16]; that of the next block lies `tile_stride` words on.
-using MicroKernel = void (*)(
-    const uint32_t* tiles, int64_t tile_stride, int64_t words, const float* tables, float* sums);
+using MicroKernel = void (*)(const uint32_t* tiles, int64_t tile_stride, int64_t words,
+    const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead);
 
 struct Variant {
   int blocks; // at once
@@ -79,7 +80,8 @@ struct Kernels {
 namespace scalar {
 
 template <int kTokens>
-void micro_kernel(const uint32_t* tile, int64_t, int64_t words, const float* tables, float* sums) {
+void micro_kernel(const uint32_t* tile, int64_t, int64_t words, const float* tables, float* sums,
+    const Ahead&, const Ahead&) {
   for (int64_t word = 0; word < words; ++word) {
     float acc[kTokens * kLanes] = {};
     for (int64_t table = 0; table < kWordTables; ++table, tables += kTokens * kSubsets)
@@ -165,11 +167,14 @@ MK_AVX512 MK_INLINE void add_run(
 }
 
 template <int kBlocks, int kTokens>
-MK_AVX512 void micro_kernel(
-    const uint32_t* tiles, int64_t tile_stride, int64_t words, const float* tables, float* sums) {
-  for (int64_t word = 0; word < words; word += kRunWords)
+MK_AVX512 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t words,
+    const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
+  for (int64_t word = 0; word < words; word += kRunWords) {
+    y_ahead.share(word / kRunWords, ceil_div(words, kRunWords)).fetch();
+    x_ahead.share(word / kRunWords, ceil_div(words, kRunWords)).fetch();
     add_run<kBlocks, kTokens>(tiles + word * kLanes, tile_stride, std::min(kRunWords, words - word),
         tables + word * kTokens * kTableFloats, sums);
+  }
 }
 
 MK_AVX512 void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables) {
@@ -270,6 +275,10 @@ void multiply_tile(const AlignedLinear& p, const Tile& tile, const Kernels& kern
   float* tables = space.tables.front().lane;
   std::fill_n(space.sums.begin(), tile.blocks() * tokens, Vector{});
 
+  const int64_t next = token + tokens, parts = ceil_div(tile.blocks(), variant.blocks);
+  const Ahead y_ahead{p.y + token * p.rows, p.y + next * p.rows};
+  const Ahead x_ahead{p.x + next * p.cols, p.x + std::min(next + tokens, p.tokens) * p.cols};
+  constexpr Ahead nothing{nullptr, nullptr};
   const int64_t words = tile_words(p.cols), step = kCachedWords * kMaxTokens / tokens;
   for (int64_t word = 0; word < words; word += step) {
     const int64_t count = std::min(step, words - word);
@@ -281,10 +290,13 @@ void multiply_tile(const AlignedLinear& p, const Tile& tile, const Kernels& kern
       std::fill(out + there, out + columns, 0.0f);
     }
     kernels.build_tables(scaled, tokens, columns, tables);
+    const bool last = word + step >= words;
     for (int64_t block = 0; block < tile.blocks();) {
       const bool full = block + variant.blocks <= tile.blocks();
+      const int64_t part = block / variant.blocks;
       (full ? variant.kernel : variant.single)(tile.words + (block * words + word) * kLanes,
-          words * kLanes, count, tables, space.sums[block * tokens].lane);
+          words * kLanes, count, tables, space.sums[block * tokens].lane,
+          last ? y_ahead.share(part, parts) : nothing, last ? x_ahead.share(part, parts) : nothing);
       block += full ? variant.blocks : 1;
     }
   }

@@ -6,6 +6,7 @@
 // do not fight over the same cache sets. Then each is loaded once a kernel row for all the outputs
 // in registers that it adds to.
 #include "epilogue.h"
+#include "prefetch.h"
 
 #include <algorithm>
 #include <vector>
@@ -15,7 +16,7 @@ namespace {
 
 constexpr int64_t kGroup = 16;           // channels that a thread takes at once
 constexpr int64_t kColumns = 8;          // outputs in registers
-constexpr int64_t kBandFloats = 1 << 16; // of a copied band, which must stay in the L2 cache
+constexpr int64_t kBandFloats = 1 << 16; // of a band of x, all channels, a part of the L2 cache
 
 // Output rows of one image.
 struct Band {
@@ -152,30 +153,49 @@ MK_AVX512 void load_filters(const DepthwiseConv2d& p, int64_t channel, float* fi
 } // namespace avx512
 #endif
 
+// A share of the x and y of a band: their lines come in an order that the hardware does not
+// foresee.
+void fetch_ahead(const DepthwiseConv2d& p, const Band& band, int64_t part, int64_t parts) {
+  const auto fetch = [&](const float* rows, int64_t count, int64_t row_floats) {
+    const int64_t first = band.image * count;
+    Ahead{rows + (first + std::min(band.row_begin, count)) * row_floats,
+        rows + (first + std::min(band.row_end, count)) * row_floats}
+        .share(part, parts)
+        .fetch();
+  };
+  fetch(p.x, p.height, p.width * p.channels);
+  fetch(p.y, p.out_height(), p.out_width() * p.channels);
+}
+
 template <int kWidth>
 void convolve_as(const DepthwiseConv2d& p, const Exec& exec) {
   const auto convolve = MK_BY_ISA(exec.isa, convolve<kWidth>);
   const auto load_filters = MK_BY_ISA(exec.isa, load_filters);
-  const int64_t row_floats = copied_width(p) * kGroup;
-  const int64_t most = kBandFloats / row_floats - (p.kernel_h - 1);
+  const int64_t copied_row = copied_width(p) * kGroup, x_row = p.width * p.channels;
+  const int64_t most = kBandFloats / std::max(copied_row, x_row);
   const int64_t band_rows = std::min(std::max(most, p.kernel_h), p.out_height());
   const int64_t bands = ceil_div(p.out_height(), band_rows);
   const int64_t taps = p.kernel_h * p.kernel_w, groups = ceil_div(p.channels, kGroup);
   constexpr int64_t kGrain = 1 << 17; // products worth waking a thread for
 
+  const auto band_of = [&](int64_t i) {
+    const int64_t row = i % bands * band_rows;
+    return Band{i / bands, row, std::min(row + band_rows, p.out_height())};
+  };
   // Groups of one image come one after another: they share its cache lines and pages.
   exec.parallel.run(0, p.batch * bands * groups,
       ceil_div(kGrain, band_rows * p.out_width() * kGroup * taps), [&](int64_t begin, int64_t end) {
         const int64_t owned = std::min(end - begin, groups), filter_floats = taps * kGroup;
         std::vector<float> filters(owned * filter_floats);
-        std::vector<float> copied((band_rows + p.kernel_h - 1) * row_floats);
+        std::vector<float> copied((band_rows + p.kernel_h - 1) * copied_row);
         for (int64_t i = 0; i < owned; ++i)
           load_filters(p, (begin + i) % groups * kGroup, &filters[i * filter_floats]);
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t row = i / groups % bands * band_rows;
-          const Band band{i / groups / bands, row, std::min(row + band_rows, p.out_height())};
-          convolve(p, band, i % groups * kGroup, &filters[(i - begin) % groups * filter_floats],
-              copied.data());
+          const int64_t group = i % groups;
+          if (const int64_t next = i / groups + 1; next * groups < end)
+            fetch_ahead(p, band_of(next), group, groups);
+          convolve(p, band_of(i / groups), group * kGroup,
+              &filters[(i - begin) % groups * filter_floats], copied.data());
         }
       });
 }

@@ -215,8 +215,8 @@ Epilogue epilogue_of(const Tensor& affine, const std::string& activation,
       residual ? floats_of("residual", *residual, outputs) : nullptr};
 }
 
-AlignedLinear aligned_of(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows) {
-  const Shape shape = matrix("x", x);
+AlignedLinear aligned_of(
+    const Tensor& x, Shape shape, const Tensor& values, const Tensor& tiles, int64_t rows) {
   const int64_t period = period_of(values, rows * shape.cols);
   const int64_t patterns = std::max<int64_t>(period / std::max<int64_t>(shape.cols, 1), 1);
   check(shape.cols % period == 0 || period == patterns * shape.cols, "values: period ", period,
@@ -232,7 +232,7 @@ AlignedLinear aligned_of(const Tensor& x, const Tensor& values, const Tensor& ti
 
 Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
     const OptionalTensor& bias, const OptionalTensor& scale) {
-  AlignedLinear params = aligned_of(x, values, tiles, rows);
+  AlignedLinear params = aligned_of(x, matrix("x", x), values, tiles, rows);
   params.bias = bias ? floats_of("bias", *bias, rows) : nullptr;
   params.scale = scale_of(scale);
   Tensor y = empty({params.tokens, rows}, ScalarType::Float);
@@ -241,13 +241,15 @@ Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& ti
   return y;
 }
 
-// aligned_linear with an epilogue; residual has the shape of y.
+// aligned_linear over the pixels of x [B, H, W, C], with an epilogue, to y [B, H, W, rows].
 Tensor aligned_linear_fused_op(const Tensor& x, const Tensor& values, const Tensor& tiles,
     int64_t rows, const Tensor& affine, const std::string& activation,
     const OptionalTensor& residual) {
-  AlignedLinear params = aligned_of(x, values, tiles, rows);
+  check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
+  const Shape shape{x.size(0) * x.size(1) * x.size(2), x.size(3)};
+  AlignedLinear params = aligned_of(x, shape, values, tiles, rows);
   check(params.patterns == 1, "values: ", params.patterns, " row patterns, expected 1");
-  Tensor y = empty({params.tokens, rows}, ScalarType::Float);
+  Tensor y = empty({x.size(0), x.size(1), x.size(2), rows}, ScalarType::Float);
   params.y = y.mutable_data_ptr<float>();
   params.epilogue = epilogue_of(affine, activation, residual, y.numel(), rows);
   aligned_linear(params, exec());

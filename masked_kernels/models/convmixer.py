@@ -44,18 +44,15 @@ class ConvMixer(nn.Module):
         return logits
 
 
-class ConvMixerBlock(nn.Module):
+class ConvMixerBlock(nn.Sequential):
+    """``[B, dim, H, W]`` to the same: a residual depthwise and a pointwise convolution."""
+
     def __init__(self, dim: int, kernel_size: int) -> None:
         super().__init__()
         self.depthwise = Residual(
             *_conv_gelu_norm(dim, dim, kernel_size, padding="same", groups=dim)
         )
         self.pointwise = _conv_gelu_norm(dim, dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, dim, H, W]`` to the same."""
-        y: Tensor = self.pointwise(self.depthwise(x))
-        return y
 
 
 def _conv_gelu_norm(

@@ -1,7 +1,8 @@
 """Sequences of modules, and their packed form that runs a convolution and what follows as one."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,8 @@ class PackedSequential(nn.Sequential):
     one by one. They are where they were, with their state, and a change to it counts at once. Hooks
     of modules that run as one are not called.
 
+    Several such ops in a row take a large batch in slices that stay in the CPU's caches.
+
     Args:
         plain: the nn.Sequential or Residual; its modules are shared with it.
     """
@@ -38,25 +41,16 @@ class PackedSequential(nn.Sequential):
         super().__init__(OrderedDict(plain._modules.items()))
         self.plain_type = type(plain)
         self.training = plain.training
-        self._planned: tuple[nn.Module, ...] = ()
-        self._plan: list[FusedConv2d | nn.Module] = []
+        self._planned: list[nn.Module] = []
+        self._plan: list[Step] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """As the plain form; the result of a fused op is channels_last."""
-        residual = x if issubclass(self.plain_type, Residual) else None
         steps = self._steps()
-        y = x
-        for step in steps:
-            if not isinstance(step, FusedConv2d):
-                y = step(y)
-            elif not step.fits(y):
-                for module in step.modules:
-                    y = module(y)
-            elif step is steps[-1] and residual is not None and step.keeps_shape(y, residual):
-                return step(y, residual)
-            else:
-                y = step(y)
-        return y if residual is None else residual + y
+        slice_size = _slice_size(x, steps)
+        if slice_size >= len(x):
+            return _run(steps, x)
+        return torch.cat([_run(steps, part) for part in x.split(slice_size)])
 
     def to_plain(self) -> nn.Sequential:
         """The Residual or nn.Sequential of the same modules."""
@@ -64,35 +58,112 @@ class PackedSequential(nn.Sequential):
         plain.training = self.training
         return plain
 
-    def _steps(self) -> "list[FusedConv2d | nn.Module]":
-        modules = tuple(self)
+    def _steps(self) -> "list[Step]":
+        modules = list(_flat(self))
         if modules != self._planned:
-            self._planned, self._plan = modules, list(plan(modules))
+            self._planned, self._plan = modules, plan(self)
         return self._plan
 
 
 def is_fusable(module: nn.Module) -> bool:
     """Whether packing should make ``module`` a PackedSequential."""
-    return type(module) in (nn.Sequential, Residual) and any(
-        isinstance(step, FusedConv2d) for step in plan(tuple(cast("nn.Sequential", module)))
+    return type(module) in (nn.Sequential, Residual) and _holds_fused(
+        plan(cast("nn.Sequential", module))
     )
 
 
-def plan(modules: tuple[nn.Module, ...]) -> "Iterator[FusedConv2d | nn.Module]":
-    """The modules in turn, those that can run as one op together."""
-    at = 0
-    while at < len(modules):
-        fused = FusedConv2d.of(modules[at:])
-        yield modules[at] if fused is None else fused
-        at += 1 if fused is None else len(fused.modules)
+def _holds_fused(steps: "list[Step]") -> bool:
+    return any(
+        _holds_fused(step.steps) if isinstance(step, _Addition) else isinstance(step, FusedConv2d)
+        for step in steps
+    )
+
+
+def plan(sequence: nn.Sequential) -> "list[Step]":
+    """What to run in turn: the modules, also those of sequences inside, that can run as one op
+    together, and the others.
+    """
+    steps: list[Step] = []
+    modules = list(sequence)
+    while modules:
+        if _is_sequence(modules[0]):
+            steps += plan(cast("nn.Sequential", modules.pop(0)))
+        elif fused := FusedConv2d.of(modules):
+            steps.append(fused)
+            del modules[: len(fused.modules)]
+        else:
+            steps.append(modules.pop(0))
+    if not _is_residual(sequence):
+        return steps
+    if len(steps) == 1 and isinstance(steps[0], FusedConv2d) and steps[0].can_add_input():
+        steps[0].adds_input = True
+        return steps
+    return [_Addition(steps)]
+
+
+class _Addition:
+    """The steps of a Residual that is no single op."""
+
+    def __init__(self, steps: "list[Step]") -> None:
+        self.steps = steps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + _run(self.steps, x)
+
+
+def _run(steps: "list[Step]", x: Tensor) -> Tensor:
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    kinds = (nn.Sequential.forward, Residual.forward, PackedSequential.forward)
+    return getattr(type(module), "forward", None) in kinds
+
+
+def _is_residual(sequence: nn.Sequential) -> bool:
+    kind = sequence.plain_type if isinstance(sequence, PackedSequential) else type(sequence)
+    return issubclass(kind, Residual)
+
+
+def _flat(sequence: nn.Sequential) -> Iterator[nn.Module]:
+    """All that the plan of ``sequence`` depends on."""
+    for module in sequence._modules.values():
+        assert module is not None
+        yield module
+        if isinstance(module, nn.Sequential):
+            yield from _flat(module)
+
+
+_SLICE_BYTES = 1 << 20  # of x, for each thread: x and y of an op stay in the L2 cache
+
+
+def _slice_size(x: Tensor, steps: "list[Step]") -> int:
+    """Images to take at once: all of them unless slices are surely the same and faster."""
+    if (
+        x.dim() != 4
+        or len(x) < 2
+        or x.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or len(steps) < 2
+        or not all(isinstance(step, FusedConv2d) and not step.trains() for step in steps)
+    ):
+        return max(len(x), 1)
+    image_bytes = max(x[0].numel() * x.element_size(), 1)
+    return max(torch.get_num_threads() * _SLICE_BYTES // image_bytes, 1)
 
 
 class FusedConv2d:
-    """``PackedConv2d [BatchNorm2d] [GELU | ReLU] [BatchNorm2d]`` as ``masked_conv2d_fused``."""
+    """``PackedConv2d [BatchNorm2d] [GELU | ReLU] [BatchNorm2d]`` as ``masked_conv2d_fused``.
+
+    ``adds_input`` makes it a Residual of them.
+    """
 
     def __init__(
         self,
-        modules: tuple[nn.Module, ...],
+        modules: list[nn.Module],
         before: nn.BatchNorm2d | None,
         activation: str,
         after: nn.BatchNorm2d | None,
@@ -111,10 +182,12 @@ class FusedConv2d:
         )
         self._reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         self._spare = [2 * p - r for p, r in zip(padding, self._reach, strict=True)]
-        self._affine: tuple[Any, Tensor] | None = None
+        self.adds_input = False
+        self._key: list[Any] = []
+        self._prepared: _Operands | None = None
 
     @classmethod
-    def of(cls, modules: tuple[nn.Module, ...]) -> "FusedConv2d | None":
+    def of(cls, modules: list[nn.Module]) -> "FusedConv2d | None":
         """The longest fusable beginning of ``modules``, None if there is none."""
         conv = modules[0]
         if type(conv) is not PackedConv2d or conv.padding_mode != "zeros":
@@ -142,73 +215,81 @@ class FusedConv2d:
         after = take_norm()
         return None if count == 1 else cls(modules[:count], before, activation, after, padding)
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether the modules may run as one on ``x``. What they refuse, they refuse themselves."""
-        conv = self.conv
-        if (
-            x.dtype != torch.float32
-            or x.dim() != 4
-            or x.shape[1] != conv.in_channels
-            or any(size + spare < 1 for size, spare in zip(x.shape[2:], self._spare, strict=True))
-            or any(norm.training for norm in self._norms)
-            or torch.is_autocast_enabled(x.device.type)
-        ):
-            return False
-        tensors = list(self._tensors())
-        if any(t.dtype != torch.float32 or t.device != x.device for t in tensors):
-            return False
-        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *tensors))
+    def trains(self) -> bool:
+        return any(norm.training for norm in self._norms)
 
-    def keeps_shape(self, x: Tensor, residual: Tensor) -> bool:
-        """Whether the result on ``x`` can take ``residual``."""
+    def can_add_input(self) -> bool:
+        """Whether the result has the shape of the input."""
         conv = self.conv
         return (
-            x.shape == residual.shape
-            and x.dtype == residual.dtype
-            and conv.in_channels == conv.out_channels
+            conv.in_channels == conv.out_channels
             and conv.stride == (1, 1)
             and self._spare == [0, 0]
         )
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        conv = self.conv
+    def __call__(self, x: Tensor) -> Tensor:
+        operands = self._operands()
+        if not self._fits(x, operands):
+            alone = x
+            for module in self.modules:
+                alone = module(alone)
+            return x + alone if self.adds_input else alone
         y: Tensor = _ops.masked_conv2d_fused(
             x,
-            _values(conv),
-            conv.words,
-            self.affine(),
+            operands.values,
+            operands.words,
+            operands.affine,
             self.activation,
-            residual,
+            x if self.adds_input else None,
             *self._geometry,
             AUTO,
         )
         return y
 
-    def affine(self) -> Tensor:
-        """Gain and shift before and after the activation, ``[4, N]``; folded anew after a change of
-        what they are made of.
-        """
-        if torch.compiler.is_compiling():
-            return self._fold()
-        tensors = list(self._tensors())
-        if any(t.is_inference() for t in tensors):  # has no version: a change would go unseen
-            return self._fold()
-        key = [(t.data_ptr(), t._version) for t in tensors]
-        if self._affine is None or self._affine[0] != key:
-            self._affine = key, self._fold()
-        return self._affine[1]
+    def _fits(self, x: Tensor, operands: "_Operands") -> bool:
+        """Whether the modules may run as one on ``x``. What they refuse, they refuse themselves."""
+        if x.dtype != torch.float32 or x.dim() != 4 or x.device != operands.device:
+            return False
+        _, channels, height, width = x.shape
+        if channels != self.conv.in_channels or self.trains():
+            return False
+        if height + self._spare[0] < 1 or width + self._spare[1] < 1:
+            return False
+        if torch.is_autocast_enabled(x.device.type):
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        return not any(t.requires_grad for t in (x, *self._tensors()))
 
-    def _tensors(self) -> Iterable[Tensor]:
-        """What the affine is made of, and the values."""
+    def _operands(self) -> "_Operands":
+        """Prepared anew after a change of what they are made of."""
+        tensors = self._tensors()
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+            return self._prepare(tensors)  # such tensors have no version: a change would go unseen
+        key: list[Any] = [(t.data_ptr(), t._version) for t in tensors]
+        key += [norm.eps for norm in self._norms]
+        if self._prepared is None or self._key != key:
+            self._key, self._prepared = key, self._prepare(tensors)
+        return self._prepared
+
+    def _tensors(self) -> list[Tensor]:
+        """All state of the modules, read past the slow ``nn.Module.__getattr__``."""
         conv = self.conv
-        yield _values(conv)
-        for tensor in (conv.bias, conv.scale):
-            if tensor is not None:
-                yield tensor
+        tensors = [_values(conv), *conv._buffers.values(), conv._parameters["bias"]]
         for norm in self._norms:
-            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-                if tensor is not None:
-                    yield tensor
+            tensors += norm._parameters.values()
+            tensors += (norm._buffers["running_mean"], norm._buffers["running_var"])
+        return [t for t in tensors if t is not None]
+
+    def _prepare(self, tensors: list[Tensor]) -> "_Operands":
+        conv = self.conv
+        one_kind = all(
+            t.device == conv.words.device and (t is conv.words or t.dtype == torch.float32)
+            for t in tensors
+        )
+        return _Operands(
+            _values(conv), conv.words, self._fold(), conv.words.device if one_kind else None
+        )
 
     def _fold(self) -> Tensor:
         with torch.no_grad():
@@ -221,9 +302,20 @@ class FusedConv2d:
             return torch.stack([gain, shift, *_fold_norm(self.after, conv)]).float()
 
 
+@dataclass(frozen=True)
+class _Operands:
+    values: Tensor
+    words: Tensor
+    affine: Tensor  # [4, N]: gain and shift before and after the activation
+    device: torch.device | None  # None if the layer is not float32 on one device
+
+
 def _values(conv: PackedConv2d) -> Tensor:
     values = conv.values
     return values.values if isinstance(values, Prototype) else values
+
+
+Step = FusedConv2d | _Addition | nn.Module
 
 
 def _fold_norm(norm: nn.BatchNorm2d | None, conv: PackedConv2d) -> tuple[Tensor, Tensor]:

@@ -31,11 +31,11 @@ def aligned_linear_fused(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor:
-    """For one row pattern; ``residual`` is of the result's shape."""
+    """Over the pixels of x ``[B, H, W, C]``, for one row pattern."""
     y: Tensor = native().aligned_linear_fused(
         x,
         as_float(values),
-        _tiles(words, x.shape[1], 1),
+        _tiles(words, x.shape[3], 1),
         words.shape[0],
         affine,
         activation,

@@ -69,16 +69,21 @@ def masked_conv2d_fused(
         return y.permute(0, 3, 1, 2)
     if groups == 1 and [*kernel_size, *stride, *padding] == [1, 1, 1, 1, 0, 0]:
         batch, height, width, channels = pixels.shape
-        tokens, rows = pixels.flatten(0, 2), words.shape[0]
-        if rest is not None:
-            rest = rest.view(-1, rows)
-        plan = linear_plan(tokens.shape[0], rows, channels, values.numel(), x.dtype, isa())
+        rows, tokens = words.shape[0], batch * height * width
+        plan = linear_plan(tokens, rows, channels, values.numel(), x.dtype, isa())
         if plan == "aligned" and row_patterns(channels, values.numel()) == 1:
-            y = aligned_linear_fused(tokens, values, words, affine, activation, rest)
+            y = aligned_linear_fused(pixels, values, words, affine, activation, rest)
         else:
-            y = masked_linear(tokens, values, words, None, None)
-            native().finish_(y, affine, activation, rest)
-        return y.view(batch, height, width, rows).permute(0, 3, 1, 2)
+            y = masked_linear(pixels.view(tokens, channels), values, words, None, None)
+            _finish_(y, affine, activation, rest)
+            y = y.view(batch, height, width, rows)
+        return y.permute(0, 3, 1, 2)
+    if groups == 1 and [*stride, *padding, *dilation] == [*kernel_size, 0, 0, 1, 1]:
+        patches = _as_patches(x, kernel_size)
+        batch, height, width, _ = patches.shape
+        y = masked_linear(patches.flatten(0, 2), values, words, None, None)
+        _finish_(y, affine, activation, rest)
+        return y.view(batch, height, width, words.shape[0]).permute(0, 3, 1, 2)
     image = masked_conv2d(
         pixels.permute(0, 3, 1, 2),
         values,
@@ -92,10 +97,7 @@ def masked_conv2d_fused(
         groups,
     )
     out = _as_pixels(image)
-    rows = out.shape[3]
-    native().finish_(
-        out.view(-1, rows), affine, activation, None if rest is None else rest.view(-1, rows)
-    )
+    _finish_(out.flatten(0, 2), affine, activation, rest)
     return out.permute(0, 3, 1, 2)
 
 
@@ -186,9 +188,24 @@ def _as_tokens(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def _finish_(tokens: Tensor, affine: Tensor, activation: str, residual: Tensor | None) -> None:
+    rest = None if residual is None else residual.view(tokens.shape)
+    native().finish_(tokens, affine, activation, rest)
+
+
 def _as_pixels(image: Tensor) -> Tensor:
     """``[B, C, H, W]`` of any layout as contiguous ``[B, H, W, C]``."""
-    return image.permute(0, 2, 3, 1).contiguous()
+    pixels = image.permute(0, 2, 3, 1)
+    return pixels if pixels.is_contiguous() else pixels.contiguous()
+
+
+def _as_patches(image: Tensor, size: list[int]) -> Tensor:
+    """``[B, C, H, W]`` as contiguous ``[B, H / kh, W / kw, C * kh * kw]``; a rest is left out."""
+    batch, channels, height, width = image.shape
+    (kh, kw), (rows, cols) = size, (height // size[0], width // size[1])
+    image = image[:, :, : rows * kh, : cols * kw]
+    patches = image.reshape(batch, channels, rows, kh, cols, kw).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, rows, cols, channels * kh * kw)
 
 
 def _as_image(tokens: Tensor, like: Tensor) -> Tensor:

@@ -48,20 +48,23 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, list, typ
 
 
 def _is_plain_call(args: tuple[Any, ...]) -> bool:
-    """Whether nobody needs to see an op: no compiler, mode, transform, subclass or gradient.
+    """Whether nobody needs to see an op: no compiler, mode, transform, subclass, gradient or tensor
+    without data.
 
     Then the backend is called at once. The dispatcher's way to a kernel in Python costs 10 µs, as
     much as a small layer.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and _PLAIN.issuperset(map(type, args))
-        and not (
-            torch.is_grad_enabled()
-            and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-        )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or not _PLAIN.issuperset(map(type, args))
+    ):
+        return False
+    wants_grad = torch.is_grad_enabled()
+    return not any(
+        isinstance(arg, Tensor) and (arg.is_meta or (wants_grad and arg.requires_grad))
+        for arg in args
     )
 
 
@@ -90,6 +93,24 @@ def _fake_masked_conv2d(
     spatial = map(_fake_conv_size, x.shape[2:], kernel_size, stride, padding, dilation)
     return x.new_empty((x.shape[0], words.shape[0], *spatial)).contiguous(
         memory_format=conv_memory_format(x)
+    )
+
+
+def _fake_masked_conv2d_fused(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    affine: Tensor,
+    activation: str,
+    residual: Tensor | None,
+    *geometry: Any,
+) -> Tensor:
+    spatial = map(_fake_conv_size, x.shape[2:], *geometry[:4])
+    return torch.empty(
+        (x.shape[0], words.shape[0], *spatial),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
     )
 
 
@@ -174,6 +195,12 @@ masked_conv2d = _define(
     "Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale, "
     f"SymInt[] kernel_size, {_CONV}",
     _fake_masked_conv2d,
+)
+masked_conv2d_fused = _define(
+    "masked_conv2d_fused",
+    "Tensor x, Tensor values, Tensor words, Tensor affine, str activation, Tensor? residual, "
+    f"SymInt[] kernel_size, {_CONV}",
+    _fake_masked_conv2d_fused,
 )
 masked_conv2d_grad_x = _define(
     "masked_conv2d_grad_x",

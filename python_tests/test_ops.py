@@ -28,8 +28,11 @@ def samples() -> dict[str, list[tuple[object, ...]]]:
     kernel_words = _ops.pack(kernel_mask.view(6, 18), "reference")
     kernel_scores = torch.randn(6, 2, 3, 3)
     pointwise_words = _ops.pack(torch.rand(6, 4) < 0.5, "reference")
+    depthwise_words = _ops.pack(torch.rand(4, 9) < 0.5, "reference")
+    depthwise = ([3, 3], [1, 1], [1, 1], [1, 1], 4)
     geometry = ([2, 1], [1, 2], [1, 1], 2)
     point = ([1, 1], [0, 0], [1, 1], 1)
+    affine = torch.randn(4, 6)
     grad_image = torch.randn(2, 6, 3, 7)
     grad_last = grad_image.contiguous(memory_format=torch.channels_last)
     grad_point = torch.randn(2, 6, 6, 5).contiguous(memory_format=torch.channels_last)
@@ -63,6 +66,14 @@ def samples() -> dict[str, list[tuple[object, ...]]]:
                 for t in (image, last)
             ),
             *((t, prototype, pointwise_words, None, None, [1, 1], *point) for t in (image, last)),
+        ],
+        "masked_conv2d_fused": [
+            *(
+                (t, prototype, kernel_words, affine, "gelu", grad_image, [3, 3], *geometry)
+                for t in (image, last)
+            ),
+            (last, prototype, pointwise_words, affine, "relu", None, [1, 1], *point),
+            (last, prototype, depthwise_words, affine[:, :4], "identity", last, *depthwise),
         ],
         "masked_conv2d_grad_x": [
             *(

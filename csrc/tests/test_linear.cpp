@@ -59,7 +59,7 @@ void test_aligned(
   const Problem p(tokens, shape, period, has_bias, random);
   const int64_t patterns = std::max<int64_t>(period / std::max<int64_t>(shape.cols, 1), 1);
   std::vector<uint32_t> tiles(AlignedRows(shape.rows, patterns).all_blocks() *
-                              words_per_row(shape.cols) * AlignedRows::kBlock);
+                              ceil_div(shape.cols, kTileColumns) * AlignedRows::kBlock);
   aligned_tiles(p.words.data(), shape, patterns, tiles.data(), exec);
   std::vector<float> y(tokens * shape.rows, NAN);
   aligned_linear({p.x.data(), p.values.data(), period, patterns, tiles.data(), p.bias_or_null(),

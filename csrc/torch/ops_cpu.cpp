@@ -223,30 +223,49 @@ Tensor aligned_tiles_op(const Tensor& words, int64_t cols, int64_t patterns) {
   const Shape shape{words.size(0), cols};
   check(patterns >= 1, "patterns: got ", patterns, ", expected at least 1");
   const int64_t blocks = AlignedRows(shape.rows, patterns).all_blocks();
-  Tensor tiles = empty({blocks, words_per_row(cols), AlignedRows::kBlock}, ScalarType::Int);
+  Tensor tiles =
+      empty({blocks, ceil_div(cols, kTileColumns), AlignedRows::kBlock}, ScalarType::Int);
   aligned_tiles(bits, shape, patterns, new_words(tiles), exec());
   return tiles;
 }
 
-Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
-    const OptionalTensor& bias, const OptionalTensor& scale) {
-  const Shape shape = matrix("x", x);
-  const float* input = floats_of("x", x, shape.elements());
+// affine [4, channels] holds the gain and shift before and after the activation; residual has the
+// shape of the outputs.
+Epilogue epilogue_of(const Tensor& affine, const std::string& activation,
+    const OptionalTensor& residual, int64_t outputs, int64_t channels) {
+  const float* rows = floats_of("affine", affine, 4 * channels);
+  check(activation == "identity" || activation == "gelu" || activation == "relu",
+      "activation: got ", activation, ", expected identity, gelu or relu");
+  return {{rows, rows + channels}, {rows + 2 * channels, rows + 3 * channels},
+      activation == "gelu"   ? Activation::gelu
+      : activation == "relu" ? Activation::relu
+                             : Activation::identity,
+      residual ? floats_of("residual", *residual, outputs) : nullptr};
+}
+
+AlignedLinear aligned_of(
+    const Tensor& x, Shape shape, const Tensor& values, const Tensor& tiles, int64_t rows) {
   const int64_t period = period_of(values, rows * shape.cols);
   const int64_t patterns = std::max<int64_t>(period / std::max<int64_t>(shape.cols, 1), 1);
   check(shape.cols % period == 0 || period == patterns * shape.cols, "values: period ", period,
       " does not align with rows of ", shape.cols);
   check_dense("tiles", tiles, ScalarType::Int);
-  const int64_t count =
-      AlignedRows(rows, patterns).all_blocks() * words_per_row(shape.cols) * AlignedRows::kBlock;
+  const int64_t count = AlignedRows(rows, patterns).all_blocks() *
+                        ceil_div(shape.cols, kTileColumns) * AlignedRows::kBlock;
   check(tiles.numel() == count, "tiles: ", tiles.numel(), " words, expected ", count);
-  const float* weights = floats_of("values", values, values.numel());
-  const float* added = bias ? floats_of("bias", *bias, rows) : nullptr;
-  Tensor y = empty({shape.rows, rows}, ScalarType::Float);
-  aligned_linear(
-      {input, weights, period, patterns, static_cast<const uint32_t*>(tiles.const_data_ptr()),
-          added, scale_of(scale), shape.rows, rows, shape.cols, y.mutable_data_ptr<float>()},
-      exec());
+  return {floats_of("x", x, shape.elements()), floats_of("values", values, values.numel()), period,
+      patterns, static_cast<const uint32_t*>(tiles.const_data_ptr()), nullptr, 1.0f, shape.rows,
+      rows, shape.cols, nullptr};
+}
+
+Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
+    const OptionalTensor& bias, const OptionalTensor& scale) {
+  AlignedLinear params = aligned_of(x, matrix("x", x), values, tiles, rows);
+  params.bias = bias ? floats_of("bias", *bias, rows) : nullptr;
+  params.scale = scale_of(scale);
+  Tensor y = empty({params.tokens, rows}, ScalarType::Float);
+  params.y = y.mutable_data_ptr<float>();
+  aligned_linear(params, exec());
   return y;
 }
 
@@ -265,6 +284,50 @@ Tensor compact_linear_op(const Tensor& x, const Tensor& kept, const Tensor& star
           scale_of(scale), shape.rows, rows, shape.cols, y.mutable_data_ptr<float>()},
       exec());
   return y;
+}
+
+// aligned_linear over the pixels of x [B, H, W, C], with an epilogue, to y [B, H, W, rows].
+Tensor aligned_linear_fused_op(const Tensor& x, const Tensor& values, const Tensor& tiles,
+    int64_t rows, const Tensor& affine, const std::string& activation,
+    const OptionalTensor& residual) {
+  check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
+  const Shape shape{x.size(0) * x.size(1) * x.size(2), x.size(3)};
+  AlignedLinear params = aligned_of(x, shape, values, tiles, rows);
+  check(params.patterns == 1, "values: ", params.patterns, " row patterns, expected 1");
+  Tensor y = empty({x.size(0), x.size(1), x.size(2), rows}, ScalarType::Float);
+  params.y = y.mutable_data_ptr<float>();
+  params.epilogue = epilogue_of(affine, activation, residual, y.numel(), rows);
+  aligned_linear(params, exec());
+  return y;
+}
+
+// x and y are [B, H, W, C].
+Tensor depthwise_fused_op(const Tensor& x, const Tensor& values, const Tensor& words,
+    int64_t kernel_h, int64_t kernel_w, int64_t pad_h, int64_t pad_w, const Tensor& affine,
+    const std::string& activation, const OptionalTensor& residual) {
+  check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
+  check(kernel_h >= 1 && kernel_w >= 1 && pad_h >= 0 && pad_w >= 0, "kernel, padding: got ",
+      kernel_h, "x", kernel_w, ", ", pad_h, "x", pad_w, ", expected at least 1 and 0");
+  const int64_t channels = x.size(3), taps = kernel_h * kernel_w;
+  check(words.dim() == 2 && words.size(0) == channels, "words: expected ", channels, " rows");
+  DepthwiseConv2d params{floats_of("x", x, x.numel()), floats_of("values", values, values.numel()),
+      period_of(values, channels * taps), words_of(words, taps), x.size(0), channels, x.size(1),
+      x.size(2), kernel_h, kernel_w, pad_h, pad_w, nullptr, {}};
+  check(params.out_height() >= 1 && params.out_width() >= 1, "x: smaller than the kernel");
+  Tensor y =
+      empty({x.size(0), params.out_height(), params.out_width(), channels}, ScalarType::Float);
+  params.y = y.mutable_data_ptr<float>();
+  params.epilogue = epilogue_of(affine, activation, residual, y.numel(), channels);
+  depthwise_conv2d(params, exec());
+  return y;
+}
+
+void finish_op(
+    Tensor y, const Tensor& affine, const std::string& activation, const OptionalTensor& residual) {
+  const Shape shape = matrix("y", y);
+  floats_of("y", y, shape.elements());
+  finish(epilogue_of(affine, activation, residual, shape.elements(), shape.cols), shape.rows,
+      shape.cols, y.mutable_data_ptr<float>(), exec());
 }
 
 void scored_grad_op(
@@ -319,6 +382,11 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
         "Tensor? scale) -> Tensor");
   m.def("compact_linear(Tensor x, Tensor kept, Tensor starts, Tensor words, Tensor? bias, "
         "Tensor? scale) -> Tensor");
+  m.def("aligned_linear_fused(Tensor x, Tensor values, Tensor tiles, int rows, Tensor affine, "
+        "str activation, Tensor? residual) -> Tensor");
+  m.def("depthwise_fused(Tensor x, Tensor values, Tensor words, int kernel_h, int kernel_w, "
+        "int pad_h, int pad_w, Tensor affine, str activation, Tensor? residual) -> Tensor");
+  m.def("finish_(Tensor(a!) y, Tensor affine, str activation, Tensor? residual) -> ()");
   m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
   m.def("depthwise_grad(Tensor grad_y, Tensor x, int kernel, int pad_h, int pad_w) -> Tensor");
 }
@@ -341,6 +409,9 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("aligned_tiles", TORCH_BOX(&aligned_tiles_op));
   m.impl("aligned_linear", TORCH_BOX(&aligned_linear_op));
   m.impl("compact_linear", TORCH_BOX(&compact_linear_op));
+  m.impl("aligned_linear_fused", TORCH_BOX(&aligned_linear_fused_op));
+  m.impl("depthwise_fused", TORCH_BOX(&depthwise_fused_op));
+  m.impl("finish_", TORCH_BOX(&finish_op));
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));
   m.impl("depthwise_grad", TORCH_BOX(&depthwise_grad_op));
 }

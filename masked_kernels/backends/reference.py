@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from ._epilogue import finished
 from ._layout import conv_memory_format, words_per_row
 
 
@@ -122,6 +123,23 @@ def masked_conv2d(
     weight = _conv_weight(values, words, scale, x.shape[1] // groups, kernel_size)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return y.contiguous(memory_format=conv_memory_format(x))
+
+
+def masked_conv2d_fused(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    affine: Tensor,
+    activation: str,
+    residual: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    y = masked_conv2d(x, values, words, None, None, kernel_size, stride, padding, dilation, groups)
+    return finished(y, affine, activation, residual)
 
 
 def masked_conv2d_grad_x(

@@ -4,6 +4,7 @@ from .compact import CompactLinear
 from .convert import ConversionReport, mask_model_, materialize_, pack_model_
 from .masked import MaskedConv2d, MaskedLinear
 from .packed import PackedConv2d, PackedLinear
+from .packed_sequential import PackedSequential, Residual
 from .summary import Summary, summary
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "MaskedLinear",
     "PackedConv2d",
     "PackedLinear",
+    "PackedSequential",
+    "Residual",
     "Summary",
     "mask_model_",
     "materialize_",

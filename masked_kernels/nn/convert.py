@@ -17,6 +17,7 @@ from .compact import compact_layer
 from .config import MaskConfig
 from .masked import MaskedConv2d, MaskedLinear, _MaskedLayer
 from .packed import PackedLinear, pack_layer
+from .packed_sequential import PackedSequential, is_fusable
 
 FilterFn = Callable[[str, nn.Module], bool]
 
@@ -69,29 +70,45 @@ def pack_model_(model: nn.Module, compact: bool = False) -> ConversionReport:
     """Replace every masked layer by its packed form (bits and values), in place, with the same
     outputs.
 
+    An ``nn.Sequential`` or Residual inside the model that holds a convolution followed by
+    BatchNorm2d, GELU or ReLU becomes a PackedSequential, which runs them as one op: the same
+    outputs up to rounding.
+
     Args:
         model: a module that contains the layers.
         compact: keep of a linear layer's dense weight only what its mask keeps (``CompactLinear``):
             less memory, and faster for few tokens.
     """
     report = _convert(model, _MaskedLayer, pack_layer)
-    if not compact:
-        return report
-    dense = {
-        layer: compact_layer(layer)
-        for layer in model.modules()
-        if type(layer) is PackedLinear and layer.weight is not None
-    }
-    names = {name: repr(dense[m]) for name, m in model.named_modules() if m in dense}
-    _replace(model, dense)
-    return ConversionReport(report.converted | names, report.skipped)
+    converted = report.converted
+    if compact:
+        dense = {
+            layer: compact_layer(layer)
+            for layer in model.modules()
+            if type(layer) is PackedLinear and layer.weight is not None
+        }
+        converted |= {name: repr(dense[m]) for name, m in model.named_modules() if m in dense}
+        _replace(model, dense)
+    fuse_(model)
+    return ConversionReport(converted, report.skipped)
+
+
+def fuse_(model: nn.Module) -> None:
+    """Make every sequence that can run packed layers as one op a PackedSequential, in place."""
+    for module in reversed(list(model.modules())):  # the inner ones first
+        if module is not model and is_fusable(module):
+            _replace(model, {module: PackedSequential(module)})  # type: ignore[arg-type]
 
 
 def materialize_(model: nn.Module) -> ConversionReport:
     """Replace every masked or packed layer by a plain ``nn.Linear`` or ``nn.Conv2d``, in place,
     with the same outputs.
     """
-    return _convert(model, FrozenLayer, lambda layer: layer.to_plain())
+    report = _convert(model, FrozenLayer, lambda layer: layer.to_plain())
+    for module in reversed(list(model.modules())):
+        if isinstance(module, PackedSequential):
+            _replace(model, {module: module.to_plain()})
+    return report
 
 
 def _convert(

@@ -70,6 +70,28 @@ struct Decode {
 };
 void decode(const Decode& params, const Exec& exec);
 
+// What packed inference does to the outputs v [.., N] of a layer before they are stored:
+// after.gain * activation(before.gain * v + before.shift) + after.shift + residual. Without gains
+// they are stored as they are.
+enum class Activation { identity, gelu, relu };
+
+struct Affine {
+  const float* gain; // [N]
+  const float* shift;
+};
+
+struct Epilogue {
+  Affine before = {};
+  Affine after = {};
+  Activation activation = Activation::identity;
+  const float* residual = nullptr; // of the outputs' shape, or null
+
+  explicit operator bool() const { return before.gain != nullptr; }
+};
+
+// y [rows, channels] = its epilogue, in place
+void finish(const Epilogue& epilogue, int64_t rows, int64_t channels, float* y, const Exec& exec);
+
 // y [M, N] = scale * x [M, K] (w . m)^T + bias
 struct MaskedLinear {
   const float* x;
@@ -108,8 +130,11 @@ class AlignedRows {
   int64_t rows_, patterns_;
 };
 
-// tiles [all blocks, ceil(cols / 32), 16] = the words of each block, one lane a row, 0 for rows
-// that are not there
+// Columns in a word of tiles: six times five, the bits that index a table of subset sums.
+constexpr int64_t kTileColumns = 30;
+
+// tiles [all blocks, ceil(cols / 30), 16] = the bits of each block, one lane a row, 0 for rows that
+// are not there
 void aligned_tiles(
     const uint32_t* words, Shape shape, int64_t patterns, uint32_t* tiles, const Exec& exec);
 
@@ -123,6 +148,7 @@ struct AlignedLinear {
   float scale;
   int64_t tokens, rows, cols; // M, N, K
   float* y;
+  Epilogue epilogue = {}; // only with one pattern
 };
 void aligned_linear(const AlignedLinear& params, const Exec& exec);
 
@@ -138,6 +164,23 @@ struct CompactLinear {
   float* y;
 };
 void compact_linear(const CompactLinear& params, const Exec& exec);
+
+// y [B, H', W', C] = epilogue of x [B, H, W, C] convolved with stride 1, each channel with a filter
+// of its own
+struct DepthwiseConv2d {
+  const float* x;
+  const float* values;
+  int64_t period;
+  const uint32_t* words; // [C, ceil(kh * kw / 32)]
+  int64_t batch, channels, height, width;
+  int64_t kernel_h, kernel_w, pad_h, pad_w; // no larger than the padded image
+  float* y;
+  Epilogue epilogue;
+
+  int64_t out_height() const { return height + 2 * pad_h - kernel_h + 1; }
+  int64_t out_width() const { return width + 2 * pad_w - kernel_w + 1; }
+};
+void depthwise_conv2d(const DepthwiseConv2d& params, const Exec& exec);
 
 // grad[i] *= scale * values[i % period] * (scores ? sign(scores[i]) : 1), in place
 struct ScoredGrad {

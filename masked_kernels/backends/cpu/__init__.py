@@ -31,6 +31,7 @@ from .bits import (
 from .compact import compact_linear
 from .conv2d import (
     masked_conv2d,
+    masked_conv2d_fused,
     masked_conv2d_grad_weight,
     masked_conv2d_grad_x,
     scored_conv2d_grad_scores,
@@ -58,6 +59,8 @@ def why_not(op: str, *args: object) -> str | None:
             return f"dtype {dtype} is none of float32, float64, float16, bfloat16"
         if dtype == torch.float64 and op.startswith(("select_", "scored_")):
             return f"{op} computes in float32 and got float64"
+        if op == "masked_conv2d_fused" and dtype not in (torch.float32, torch.int32):
+            return f"{op} computes in float32 and got {dtype}"
     return None
 
 

@@ -23,6 +23,27 @@ def aligned_linear(
     return y if x.dtype == y.dtype else y.to(x.dtype)
 
 
+def aligned_linear_fused(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    affine: Tensor,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """Over the pixels of x ``[B, H, W, C]``, for one row pattern."""
+    y: Tensor = native().aligned_linear_fused(
+        x,
+        as_float(values),
+        _tiles(words, x.shape[3], 1),
+        words.shape[0],
+        affine,
+        activation,
+        residual,
+    )
+    return y
+
+
 def aligned_linear_grad_x(
     grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, cols: int
 ) -> Tensor:

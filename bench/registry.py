@@ -4,7 +4,6 @@ A case builds a Problem: rotating inputs, providers that all compute the same fu
 to judge their results.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +13,10 @@ from torch import Tensor
 
 import masked_kernels as mk
 
-Provider = Callable[[Tensor], Any]
+from .problem import Problem, error_ratio, sort_and_scatter
+from .training import TrainingStep
+
 ROTATION = 4
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One case, ready to run.
-
-    Args:
-        inputs: what the providers are called with, in turn.
-        providers: by name; the same function of the input.
-        error: ``error(provider's result, input)``, against float64, in units of the error that
-            plain PyTorch makes in the same dtype; for bits, 0 if right and infinity if not.
-        baseline: the provider that plain PyTorch users would take.
-    """
-
-    inputs: tuple[Tensor, ...]
-    providers: dict[str, Provider]
-    error: Callable[[Any, Tensor], float]
-    baseline: str
 
 
 @dataclass(frozen=True)
@@ -151,7 +134,7 @@ class MaskedConv2d:
         )
 
 
-Case = SelectTopK | MaskedLinear | MaskedConv2d
+Case = SelectTopK | MaskedLinear | MaskedConv2d | TrainingStep
 
 SIZES = ((1024, 1024), (4096, 4096), (11008, 4096), (8192, 8192))
 
@@ -161,6 +144,7 @@ CASES: tuple[Case, ...] = (
     *(MaskedLinear(4096, 4096, batch, ratio=None) for batch in (1, 8, 64)),
     MaskedConv2d(64, 256, 16, 256, kernel=1),
     MaskedConv2d(64, 256, 16, 256, kernel=5, groups=256),
+    TrainingStep(256, 8, batch=64),
 )
 """Sizes of ConvMixer-256, of ResNet-50 (its largest layer, all of it), of language models."""
 
@@ -169,7 +153,7 @@ QUICK: tuple[Case, ...] = (
     SelectTopK(2_359_296),
     *(MaskedLinear(n, k, batch) for n, k in SIZES[:2] for batch in (1, 64)),
     MaskedLinear(1024, 1024, 1, ratio=None),
-    *CASES[-2:],
+    *CASES[-3:-1],
 )
 
 TOY: tuple[Case, ...] = (
@@ -178,6 +162,7 @@ TOY: tuple[Case, ...] = (
     MaskedLinear(16, 40, 2, ratio=None),
     MaskedConv2d(2, 4, 5, 6, kernel=3),
     MaskedConv2d(2, 4, 5, 4, kernel=3, groups=4),
+    TrainingStep(8, 1, batch=2, size=8),
 )
 """Small enough for the tests."""
 
@@ -187,17 +172,6 @@ def topk_and_scatter(scores: Tensor, keep: int) -> Tensor:
     flat = scores.abs().flatten()
     kept = flat.topk(keep, sorted=False).indices
     return torch.zeros_like(flat, dtype=torch.bool).scatter_(0, kept, True).view_as(scores)
-
-
-def sort_and_scatter(scores: Tensor, keep: int) -> Tensor:
-    """What edge-popup and PEMN publish: a full sort, then two indexed writes into a float mask."""
-    mask = scores.abs().clone()
-    order = mask.flatten().sort().indices
-    drop = scores.numel() - keep
-    flat = mask.flatten()
-    flat[order[:drop]] = 0
-    flat[order[drop:]] = 1
-    return mask
 
 
 def selection_error(mask: Tensor, scores: Tensor, keep: int) -> float:
@@ -210,13 +184,6 @@ def selection_error(mask: Tensor, scores: Tensor, keep: int) -> float:
         min(keep, dropped.numel()) == 0 or bool(kept.min() >= dropped.max())
     )
     return 0.0 if right else float("inf")
-
-
-def error_ratio(got: Tensor, plain: Tensor, truth: Tensor) -> float:
-    """Error of ``got`` over that of ``plain``, neither below one rounding of the dtype."""
-    rounding = torch.finfo(plain.dtype).eps * truth.norm()
-    floor = max(float((plain.double() - truth).norm()), float(rounding))
-    return float((got.double() - truth).norm()) / floor
 
 
 def _weight(

@@ -42,6 +42,10 @@ def _fake_words(t: Tensor, *_: Any) -> Tensor:
     return t.new_empty((rows, words_per_row(cols)), dtype=torch.int32)
 
 
+def _fake_image(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape).contiguous(memory_format=conv_memory_format(x))
+
+
 def _fake_conv_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
@@ -151,4 +155,22 @@ scored_conv2d_grad_scores = _define(
     "scored_conv2d_grad_scores",
     f"Tensor grad_y, Tensor x, Tensor values, Tensor scores, Tensor? scale, bool absolute, {_CONV}",
     lambda g, x, v, scores, *_: scores.new_empty(scores.shape),
+)
+gelu_stats = _define(
+    "gelu_stats", "Tensor x", lambda x, _: x.new_empty((2, x.shape[1]))
+)
+gelu_batch_norm = _define(
+    "gelu_batch_norm",
+    "Tensor x, Tensor stats, Tensor? weight, Tensor? bias, float eps",
+    lambda x, *_: _fake_image(x),
+)
+gelu_batch_norm_grad_affine = _define(
+    "gelu_batch_norm_grad_affine",
+    "Tensor grad_y, Tensor x, Tensor stats, float eps",
+    lambda g, x, *_: x.new_empty((2, x.shape[1])),
+)
+gelu_batch_norm_grad_x = _define(
+    "gelu_batch_norm_grad_x",
+    "Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, Tensor? grad_affine, float eps",
+    lambda g, x, *_: _fake_image(x),
 )

@@ -133,6 +133,42 @@ class ScoredConv2d(Function):
         )
 
 
+class GeluBatchNorm(Function):
+    """``stats`` are constants to autograd; ``of_batch`` says that they move with x all the same."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [B, C, H, W]
+        weight: Tensor | None,
+        bias: Tensor | None,
+        stats: Tensor,  # [2, C]
+        of_batch: bool,
+        eps: float,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, stats)
+        ctx.of_batch, ctx.eps, ctx.backend = of_batch, eps, backend
+        y: Tensor = _ops.gelu_batch_norm(x, stats, weight, bias, eps, backend)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        x, weight, stats = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = affine = None
+        if needs_weight or needs_bias or (needs_x and ctx.of_batch):
+            affine = _ops.gelu_batch_norm_grad_affine(grad_y, x, stats, ctx.eps, ctx.backend)
+        if needs_x:
+            grad_x = _ops.gelu_batch_norm_grad_x(
+                grad_y, x, stats, weight, affine if ctx.of_batch else None, ctx.eps, ctx.backend
+            )
+        grad_weight = affine[0] if needs_weight and affine is not None else None
+        grad_bias = affine[1] if needs_bias and affine is not None else None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
 def _linear_grads(
     ctx: Any, grad_y: Tensor, x: Tensor, values: Tensor, words: Tensor, scale: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:

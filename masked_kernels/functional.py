@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _ops
 from ._checks import check_device, check_float, check_like, check_shape, check_type, pair
-from .autograd import MaskedConv2d, MaskedLinear, ScoredConv2d, ScoredLinear
+from .autograd import GeluBatchNorm, MaskedConv2d, MaskedLinear, ScoredConv2d, ScoredLinear
 from .backends import AUTO
 from .mask import PackedMask
 from .prototype import Prototype
@@ -186,6 +187,78 @@ def scored_conv2d(
         batch, values, words, bias, scores, scale, rule.absolute, geometry, backend
     )
     return y if x.dim() == 4 else y.squeeze(0)
+
+
+def gelu_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``F.batch_norm(F.gelu(x), ...)``, which keeps x alone for the backward.
+
+    Args:
+        x: ``[B, C, H, W]``; channels_last stays channels_last.
+        running_mean, running_var: ``[C]``, dtype of x; updated in place when training, else what x
+            is normalised by. None only when training.
+        weight, bias: ``[C]``, dtype of x, or None for 1 and 0.
+        training, momentum, eps: as in ``F.batch_norm``.
+        backend: as in ``masked_linear``.
+
+    Returns:
+        ``[B, C, H, W]``. Differentiable once in x, weight and bias. Raises ``ValueError`` when
+        training with fewer than 2 values per channel.
+    """
+    check_float("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, C, H, W)")
+    vectors = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+    }
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_type(name, vector, Tensor)
+            check_shape(name, vector, x.shape[1:2])
+            check_like(name, vector, "x", x)
+    backend = backend or AUTO
+    if training:
+        stats = _batch_stats(x.detach(), running_mean, running_var, momentum, backend)
+    elif running_mean is None or running_var is None:
+        raise ValueError("running_mean, running_var: got None, expected tensors unless training")
+    else:
+        stats = torch.stack([running_mean, running_var])
+    y: Tensor = GeluBatchNorm.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, stats, training, eps, backend
+    )
+    return y
+
+
+def _batch_stats(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    backend: str,
+) -> Tensor:
+    """Mean and biased variance of GELU(x); moves the running ones, whose variance is unbiased."""
+    count = x.numel() // max(x.shape[1], 1)
+    if count < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected 2 values per channel to train")
+    stats: Tensor = _ops.gelu_stats(x, backend)
+    if running_mean is not None:
+        running_mean.lerp_(stats[0], momentum)
+    if running_var is not None:
+        running_var.lerp_(stats[1] * (count / (count - 1)), momentum)
+    return stats
 
 
 def _autocast(

@@ -21,7 +21,7 @@ LAYERS = {
     "prototype": {"_ops", "_checks", "backends"},
     "rules": {"_ops", "_checks", "backends", "mask"},
     "autograd": {"_ops"},
-    "functional": {"autograd", "_checks", "backends", "mask", "prototype", "rules"},
+    "functional": {"_ops", "autograd", "_checks", "backends", "mask", "prototype", "rules"},
     "nn": {"functional", "_checks", "_text", "backends", "mask", "prototype", "rules"},
     "recipes": {"nn", "rules"},
     "models": {"nn"},

@@ -233,6 +233,74 @@ void scored_grad_op(
       exec());
 }
 
+// grad_y [B, H', W', C] and x [B, H, W, C] to [C, kernel, kernel]
+Tensor depthwise_grad_op(
+    const Tensor& grad_y, const Tensor& x, int64_t kernel, int64_t pad_h, int64_t pad_w) {
+  check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
+  check(DepthwiseGrad::serves(kernel), "kernel: got ", kernel, ", expected 3, 5, 7 or 9");
+  DepthwiseGrad params{nullptr, floats_of("x", x, x.numel()), x.size(0), x.size(3), x.size(1),
+      x.size(2), kernel, pad_h, pad_w, nullptr};
+  check(pad_h >= 0 && pad_w >= 0 && params.out_height() > 0 && params.out_width() > 0,
+      "padding: got ", pad_h, ", ", pad_w, " for ", params.height, "x", params.width, " pixels");
+  params.grad_y = floats_of(
+      "grad_y", grad_y, params.batch * params.out_height() * params.out_width() * params.channels);
+  Tensor grad_weight = empty({params.channels, kernel, kernel}, ScalarType::Float);
+  params.grad_weight = grad_weight.mutable_data_ptr<float>();
+  depthwise_grad(params, exec());
+  return grad_weight;
+}
+
+// x [pixels, C]; stats [2, C] are mean and biased variance
+GeluBatchNorm norm_of(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps) {
+  const Shape shape = matrix("x", x);
+  const float* mean = floats_of("stats", stats, 2 * shape.cols);
+  return {floats_of("x", x, shape.elements()), shape.rows, shape.cols, mean, mean + shape.cols,
+      weight ? floats_of("weight", *weight, shape.cols) : nullptr,
+      bias ? floats_of("bias", *bias, shape.cols) : nullptr, static_cast<float>(eps)};
+}
+
+Tensor gelu_stats_op(const Tensor& x) {
+  const Shape shape = matrix("x", x);
+  check(shape.rows >= 1, "x: no pixels");
+  Tensor stats = empty({2, shape.cols}, ScalarType::Float);
+  float* mean = stats.mutable_data_ptr<float>();
+  gelu_stats(floats_of("x", x, shape.elements()), shape.rows, shape.cols, mean, mean + shape.cols,
+      exec());
+  return stats;
+}
+
+Tensor gelu_batch_norm_op(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps) {
+  const GeluBatchNorm params = norm_of(x, stats, weight, bias, eps);
+  Tensor y = empty({params.pixels, params.channels}, ScalarType::Float);
+  gelu_batch_norm(params, y.mutable_data_ptr<float>(), exec());
+  return y;
+}
+
+// The gradients of weight and bias, [2, C].
+Tensor gelu_batch_norm_grad_affine_op(
+    const Tensor& grad_y, const Tensor& x, const Tensor& stats, double eps) {
+  const GeluBatchNorm params = norm_of(x, stats, std::nullopt, std::nullopt, eps);
+  Tensor grad = empty({2, params.channels}, ScalarType::Float);
+  float* grad_weight = grad.mutable_data_ptr<float>();
+  gelu_batch_norm_grad_affine(params, floats_of("grad_y", grad_y, x.numel()), grad_weight,
+      grad_weight + params.channels, exec());
+  return grad;
+}
+
+Tensor gelu_batch_norm_grad_x_op(const Tensor& grad_y, const Tensor& x, const Tensor& stats,
+    const OptionalTensor& weight, const OptionalTensor& grad_affine, double eps) {
+  const GeluBatchNorm params = norm_of(x, stats, weight, std::nullopt, eps);
+  const float* grad_weight =
+      grad_affine ? floats_of("grad_affine", *grad_affine, 2 * params.channels) : nullptr;
+  Tensor grad_x = empty({params.pixels, params.channels}, ScalarType::Float);
+  gelu_batch_norm_grad_x(params, floats_of("grad_y", grad_y, x.numel()), grad_weight,
+      grad_weight ? grad_weight + params.channels : nullptr, grad_x.mutable_data_ptr<float>(),
+      exec());
+  return grad_x;
+}
+
 std::string isa_op() { return name(active_isa()); }
 
 } // namespace
@@ -253,6 +321,13 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("aligned_linear(Tensor x, Tensor values, Tensor tiles, int rows, Tensor? bias, "
         "Tensor? scale) -> Tensor");
   m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
+  m.def("gelu_stats(Tensor x) -> Tensor");
+  m.def("gelu_batch_norm(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, float eps) -> "
+        "Tensor");
+  m.def("gelu_batch_norm_grad_affine(Tensor grad_y, Tensor x, Tensor stats, float eps) -> Tensor");
+  m.def("gelu_batch_norm_grad_x(Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, "
+        "Tensor? grad_affine, float eps) -> Tensor");
+  m.def("depthwise_grad(Tensor grad_y, Tensor x, int kernel, int pad_h, int pad_w) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CompositeExplicitAutograd, m) {
@@ -272,6 +347,11 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("aligned_tiles", TORCH_BOX(&aligned_tiles_op));
   m.impl("aligned_linear", TORCH_BOX(&aligned_linear_op));
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));
+  m.impl("gelu_stats", TORCH_BOX(&gelu_stats_op));
+  m.impl("gelu_batch_norm", TORCH_BOX(&gelu_batch_norm_op));
+  m.impl("gelu_batch_norm_grad_affine", TORCH_BOX(&gelu_batch_norm_grad_affine_op));
+  m.impl("gelu_batch_norm_grad_x", TORCH_BOX(&gelu_batch_norm_grad_x_op));
+  m.impl("depthwise_grad", TORCH_BOX(&depthwise_grad_op));
 }
 
 } // namespace masked_kernels

@@ -21,11 +21,16 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._cpu_norm import gelu_batch_norm as gelu_batch_norm
+from ._cpu_norm import gelu_batch_norm_grad_affine as gelu_batch_norm_grad_affine
+from ._cpu_norm import gelu_batch_norm_grad_x as gelu_batch_norm_grad_x
+from ._cpu_norm import gelu_stats as gelu_stats
 from ._layout import conv_memory_format
 
 _LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PANEL_BYTES = 1 << 20  # half of a common L2 cache
+_DEPTHWISE_KERNELS = (3, 5, 7, 9)  # that depthwise_grad serves
 _ROWS_PER_PATTERN = 16  # one block of aligned_linear
 
 
@@ -54,6 +59,10 @@ def why_not(op: str, *args: object) -> str | None:
         for arg in args:
             if isinstance(arg, Tensor) and arg.dtype == torch.float64:
                 return f"{op} computes in float32 and got float64"
+    if op.startswith("gelu_"):
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.dtype != torch.float32:
+                return f"{op} computes in float32 and got {arg.dtype}"
     for arg in args:
         if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype not in _FLOATS:
             return f"dtype {arg.dtype} is none of float32, float64, float16, bfloat16"
@@ -220,8 +229,8 @@ def masked_conv2d_grad_weight(
     groups: int,
 ) -> Tensor:
     size = (grad_y.shape[1], x.shape[1] // groups, *kernel_size)
-    grad = conv2d_weight(x, size, grad_y, stride, padding, dilation, groups)
-    return _masked_(_scaled_(grad.contiguous(), scale), words)
+    grad = _conv_grad_weight(grad_y, x, size, stride, padding, dilation, groups)
+    return _masked_(_scaled_(grad, scale), words)
 
 
 def scored_conv2d_grad_scores(
@@ -236,7 +245,8 @@ def scored_conv2d_grad_scores(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    grad = conv2d_weight(x, scores.shape, grad_y, stride, padding, dilation, groups)
+    size = tuple(scores.shape)
+    grad = _conv_grad_weight(grad_y, x, size, stride, padding, dilation, groups)
     return _grad_scores(grad, values, scores, scale, absolute)
 
 
@@ -394,6 +404,34 @@ def _conv_weight(
     kh, kw = kernel_size
     weight = decode(values, words, channels * kh * kw)
     return _scaled_(weight, scale).view(-1, channels, kh, kw)
+
+
+def _conv_grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    size: tuple[int, ...],  # [N, C / groups, kh, kw]
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of the effective weight, contiguous."""
+    plain = conv_memory_format(x) == torch.channels_last and list(stride) == [1, 1]
+    if plain and groups == 1 and size[2:] == (1, 1) and not any(padding):
+        return (_as_tokens(grad_y).t() @ _as_tokens(x)).view(size)
+    if (
+        plain
+        and x.dtype == torch.float32
+        and groups == x.shape[1] == size[0]
+        and size[2] == size[3]
+        and size[2] in _DEPTHWISE_KERNELS
+        and list(dilation) == [1, 1]
+    ):
+        pixels = (t.permute(0, 2, 3, 1).contiguous() for t in (grad_y, x))
+        grad: Tensor = _native().depthwise_grad(*pixels, size[2], *padding)
+        return grad.view(size)
+    grad = conv2d_weight(x, size, grad_y, stride, padding, dilation, groups)
+    return grad.contiguous()
 
 
 def _grad_scores(

@@ -1,0 +1,50 @@
+// Vectors of floats as the compiler's own type: one source for every instruction set. Functions of
+// it take their instructions from the MK_AVX2 or MK_AVX512 function that they are inlined into.
+#pragma once
+
+#include "target.h"
+
+#include <cstdint>
+#include <cstring>
+
+// What is always inlined passes no vector, so no ABI is at stake.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace masked_kernels {
+
+template <int kLanes>
+struct VectorOf {
+  typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+  typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+};
+
+template <int kLanes>
+using Floats = typename VectorOf<kLanes>::Floats;
+template <int kLanes>
+using Ints = typename VectorOf<kLanes>::Ints;
+
+template <int kLanes>
+MK_INLINE Floats<kLanes> splat(float value) {
+  return Floats<kLanes>{} + value;
+}
+
+// Float arrays need no alignment. Of a `count` below kLanes, load fills up with 0.
+template <int kLanes>
+MK_INLINE Floats<kLanes> load(const float* from, int64_t count = kLanes) {
+  Floats<kLanes> vector = {};
+  if (count >= kLanes)
+    std::memcpy(&vector, from, sizeof vector);
+  else
+    std::memcpy(&vector, from, count * sizeof(float));
+  return vector;
+}
+
+template <int kLanes>
+MK_INLINE void store(float* to, const Floats<kLanes>& vector, int64_t count = kLanes) {
+  if (count >= kLanes)
+    std::memcpy(to, &vector, sizeof vector);
+  else
+    std::memcpy(to, &vector, count * sizeof(float));
+}
+
+} // namespace masked_kernels

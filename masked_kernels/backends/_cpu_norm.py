@@ -1,0 +1,58 @@
+"""GELU and BatchNorm in one, by the kernels of ``csrc/cpu/gelu_batch_norm.cpp``; part of ``cpu.py``.
+
+The kernels read float32 pixels of adjacent channels; other layouts are copied on the way in and out.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._layout import conv_memory_format
+
+
+def gelu_stats(x: Tensor) -> Tensor:
+    stats: Tensor = _native().gelu_stats(_pixels(x))
+    return stats
+
+
+def gelu_batch_norm(
+    x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return _image(_native().gelu_batch_norm(_pixels(x), stats.contiguous(), weight, bias, eps), x)
+
+
+def gelu_batch_norm_grad_affine(grad_y: Tensor, x: Tensor, stats: Tensor, eps: float) -> Tensor:
+    grads: Tensor = _native().gelu_batch_norm_grad_affine(
+        _pixels(grad_y), _pixels(x), stats.contiguous(), eps
+    )
+    return grads
+
+
+def gelu_batch_norm_grad_x(
+    grad_y: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    grad_affine: Tensor | None,
+    eps: float,
+) -> Tensor:
+    grad = _native().gelu_batch_norm_grad_x(
+        _pixels(grad_y), _pixels(x), stats.contiguous(), weight, grad_affine, eps
+    )
+    return _image(grad, x)
+
+
+def _native() -> Any:
+    return torch.ops.masked_kernels_cpu
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """``[B, C, H, W]`` as contiguous ``[B * H * W, C]``."""
+    return image.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+
+
+def _image(pixels: Tensor, like: Tensor) -> Tensor:
+    batch, channels, height, width = like.shape
+    image = pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return image.contiguous(memory_format=conv_memory_format(like))

@@ -9,6 +9,7 @@ PYTEST ?= -q
 export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := .venv/bin
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
 SHELL := /bin/bash
@@ -20,8 +21,8 @@ help:
 	@echo 'make demo    train, pack, save, reload and time a masked network, write demo/report.html'
 	@echo 'make test    linters, C++ tests, Python tests'
 	@echo 'make bench   benchmarks of the kernels'
-	@echo 'make lint    ruff and mypy'
-	@echo 'make format  ruff format and its fixes'
+	@echo 'make lint    ruff, mypy, clang-format'
+	@echo 'make format  format Python and C++'
 	@echo 'make clean   remove everything that these made'
 
 demo: .venv/.package
@@ -30,18 +31,19 @@ demo: .venv/.package
 
 test: lint ctest
 	@echo '── Python tests'
-	@time $(BIN)/python -m pytest $(PYTEST)
+	@time $(BIN)/python -m pytest $(PYTEST) --require-backend cpu,reference
 
 bench: .venv/.package
 	@echo '── Benchmarks'
-	@time $(BIN)/python -m bench.run
+	@time $(BIN)/python -m bench --quick
 
 lint: .venv/.package
-	@echo '── Linters: ruff, mypy'
-	@time { $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy; }
+	@echo '── Linters: ruff, mypy, clang-format'
+	@time { $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy \
+	  && $(BIN)/clang-format --dry-run --Werror $(CXX_FILES); }
 
 format: .venv/.package
-	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/clang-format -i $(CXX_FILES)
 
 ctest: .venv/.package
 	@echo '── C++ tests'

@@ -51,17 +51,20 @@ class SelectTopK:
 class MaskedLinear:
     """``x [batch, k]`` times a masked ``[n, k]``, float32.
 
-    The weight repeats ``int(n * k * ratio) + 1`` values, or is dense if ratio is None.
+    The weight repeats a prototype of the ratio's period, the paper's or the aligned one, or is
+    dense if ratio is None.
     """
 
     n: int
     k: int
     batch: int
     ratio: float | None = 1e-2
+    align: bool = False
 
     @property
     def name(self) -> str:
         values = "dense" if self.ratio is None else f"prototype {self.ratio:g}"
+        values += " aligned" if self.align else ""
         return f"masked_linear {self.n}x{self.k} {values} batch={self.batch}"
 
     def build(self, backend: str) -> Problem:
@@ -70,7 +73,7 @@ class MaskedLinear:
         inputs = tuple(
             torch.randn(self.batch, self.k, generator=generator) for _ in range(ROTATION)
         )
-        weight, values, mask = _weight(shape, self.ratio, generator)
+        weight, values, mask = _weight(shape, self.ratio, self.align, generator)
         bits = mask.unpack().float()
         masked = weight * bits
         return Problem(
@@ -96,13 +99,14 @@ class MaskedConv2d:
     kernel: int
     groups: int = 1
     ratio: float = 1e-2
+    align: bool = False
 
     @property
     def name(self) -> str:
         kind = "depthwise " if self.groups == self.channels else ""
         return (
             f"masked_conv2d {kind}{self.kernel}x{self.kernel} {self.channels}->{self.outputs} "
-            f"on {self.batch}x{self.size}x{self.size}"
+            f"on {self.batch}x{self.size}x{self.size}{' aligned' if self.align else ''}"
         )
 
     def build(self, backend: str) -> Problem:
@@ -113,7 +117,7 @@ class MaskedConv2d:
             for _ in range(2)
         )
         shape = torch.Size((self.outputs, self.channels // self.groups, self.kernel, self.kernel))
-        weight, values, mask = _weight(shape, self.ratio, generator)
+        weight, values, mask = _weight(shape, self.ratio, self.align, generator)
         weight = weight.to(memory_format=torch.channels_last)
         bits = mask.unpack().float().to(memory_format=torch.channels_last)
         masked = weight * bits
@@ -141,7 +145,9 @@ SIZES = ((1024, 1024), (4096, 4096), (11008, 4096), (8192, 8192))
 CASES: tuple[Case, ...] = (
     *(SelectTopK(numel) for numel in (65_536, 2_359_296, 23_462_592)),
     *(MaskedLinear(n, k, batch) for n, k in SIZES for batch in (1, 8, 64)),
+    *(MaskedLinear(n, k, batch, align=True) for n, k in SIZES for batch in (1, 8, 64, 512)),
     *(MaskedLinear(4096, 4096, batch, ratio=None) for batch in (1, 8, 64)),
+    MaskedConv2d(64, 256, 16, 256, kernel=1, align=True),
     MaskedConv2d(64, 256, 16, 256, kernel=1),
     MaskedConv2d(64, 256, 16, 256, kernel=5, groups=256),
     TrainingStep(256, 8, batch=64),
@@ -152,13 +158,19 @@ QUICK: tuple[Case, ...] = (
     SelectTopK(65_536),
     SelectTopK(2_359_296),
     *(MaskedLinear(n, k, batch) for n, k in SIZES[:2] for batch in (1, 64)),
+    *(MaskedLinear(n, k, batch, align=True) for n, k in SIZES[:2] for batch in (1, 64)),
     MaskedLinear(1024, 1024, 1, ratio=None),
+<<<<<<< HEAD
     *CASES[-3:-1],
+=======
+    *CASES[-3:],
+>>>>>>> main
 )
 
 TOY: tuple[Case, ...] = (
     SelectTopK(1_000),
     MaskedLinear(33, 65, 3),
+    MaskedLinear(33, 65, 3, align=True),
     MaskedLinear(16, 40, 2, ratio=None),
     MaskedConv2d(2, 4, 5, 6, kernel=3),
     MaskedConv2d(2, 4, 5, 4, kernel=3, groups=4),
@@ -187,13 +199,14 @@ def selection_error(mask: Tensor, scores: Tensor, keep: int) -> float:
 
 
 def _weight(
-    shape: torch.Size, ratio: float | None, generator: torch.Generator
+    shape: torch.Size, ratio: float | None, align: bool, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | mk.Prototype, mk.PackedMask]:
     """The weight written out, its values as our functions take them, and a mask of density 0.5."""
     mask = mk.PackedMask.from_bool(torch.rand(shape, generator=generator) < 0.5)
     if ratio is None:
         weight = torch.randn(shape, generator=generator)
         return weight, weight, mask
-    period = mk.prototype_period(shape.numel(), ratio)
+    row_lengths = [shape[1:].numel()] if align else None
+    period = mk.prototype_period(shape.numel(), ratio, row_lengths)
     prototype = mk.Prototype(torch.randn(period, generator=generator))
     return prototype.fill(shape), prototype, mask

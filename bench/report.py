@@ -33,6 +33,22 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def speed_tables(result: dict[str, Any]) -> str:
+    """What the README quotes: how many times faster ours is, a table for each set of providers."""
+    tables = []
+    for providers, cases in groupby(result["cases"], lambda case: tuple(case["providers"])):
+        others = [name for name in providers if name != OURS]
+        rows = [["case", "ours", *(f"over `{name}`" for name in others)]]
+        rows.append(["---"] * len(rows[0]))
+        for case in cases:
+            timings = case["providers"]
+            ours = timings[OURS]["median"]
+            factors = (_factor(timings[name]["median"] / ours) for name in others)
+            rows.append([case["name"], _time(timings[OURS]).split(" (")[0], *factors])
+        tables.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join(tables)
+
+
 def _table(providers: tuple[str, ...], cases: list[dict[str, Any]]) -> list[str]:
     others = [name for name in providers if name != OURS] if OURS in providers else []
     header = ["case", *(f"`{name}`" for name in providers), *(f"over `{name}`" for name in others)]

@@ -44,17 +44,18 @@ def train_all(folder: Path, arguments: list[str]) -> dict[str, dict[str, Any]]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Return a Markdown table, a line per run."""
     lines = [
-        "| run | test accuracy, % | validation accuracy, % | best epoch | file, bytes "
-        "| dense / file | training, s |",
+        "| run | frozen values | test accuracy, % | validation accuracy, % | best epoch "
+        "| file, bytes | dense / file |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     dense_bytes = results["dense"]["sizes"]["file_bytes"]
     for name, result in results.items():
         size = result["sizes"]["file_bytes"]
+        values = f"{result['sizes']['values']:,}" if "values" in result["sizes"] else ""
         lines.append(
-            f"| {name} | {100 * result['test_accuracy']:.2f} | {100 * result['val_accuracy']:.2f} "
-            f"| {result['best_epoch']} | {size:,} | {dense_bytes / size:.1f} "
-            f"| {result['train_seconds']:.0f} |"
+            f"| {name} | {values} | {100 * result['test_accuracy']:.2f} "
+            f"| {100 * result['val_accuracy']:.2f} | {result['best_epoch']} | {size:,} "
+            f"| {dense_bytes / size:.1f} |"
         )
     return "\n".join(lines)
 
@@ -68,20 +69,23 @@ def page(results: dict[str, dict[str, Any]], commit: str) -> str:
     command = shlex.join(["python", "examples/recipes_table.py", *sys.argv[1:]])
     return f"""# {any_run["dataset"]}: recipes compared
 
-{any_run["model"]} ({model}), {train:,} training, {val:,} validation and {test:,} test images,
-{settings["epochs"]} epochs of batches of {settings["batch_size"]}, {settings["optimizer"]},
-largest rate {settings["lr"]:g}, seed {settings["seed"]}. The weights of the epoch with the best
-validation accuracy were tested, once. A fraction of the data and few epochs: these numbers compare
-the recipes with one another, not with the paper's.
+- {any_run["model"]}, {model}
+- {train:,} training, {val:,} validation and {test:,} test images
+- {settings["epochs"]} epochs, batches of {settings["batch_size"]}, {settings["optimizer"]},
+  largest rate {settings["lr"]:g}, seed {settings["seed"]}
+
+The weights of the epoch with the best validation accuracy were tested, once. These numbers compare
+the recipes with one another under equal settings; the paper's are of its own model and length.
 
 {table(results)}
 
-The dense file holds fp32 weights and norms, the others packed bits, the prototype or the random
-weights (stored, not regenerated from a seed), and norms.
+The dense file holds fp32 weights and norms; the others hold packed bits, norms and the frozen
+values: random weights or a prototype, stored and not regenerated from a seed. Ratios that give the
+same number of frozen values are the same run twice.
 
     {command}
 
-Commit {commit}; torch {machine["torch"]}, {machine["cpu"]}, {machine["threads"]} threads.
+Commit {commit}; torch {machine["torch"]}, {machine["cpu"]}, threads: {machine["threads"]}.
 """
 
 

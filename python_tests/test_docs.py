@@ -2,11 +2,16 @@
 
 import contextlib
 import io
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from bench.report import speed_tables
+from masked_kernels import backends
+from masked_kernels.info import support_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -49,6 +54,23 @@ def test_links_lead_somewhere() -> None:
         if not (page.parent / target).exists()
     ]
     assert broken == []
+
+
+def between(marker: str) -> str:
+    """What the README says between <!-- marker --> and <!-- /marker -->."""
+    text = (ROOT / "README.md").read_text()
+    return text.split(f"<!-- {marker} -->\n")[1].split(f"<!-- /{marker} -->")[0].strip()
+
+
+def test_support_table_is_what_the_backends_say() -> None:
+    if backends()["cpu"] is not None:
+        pytest.skip(f"the table lists backend 'cpu', which is unavailable: {backends()['cpu']}")
+    assert between("support") == support_table()
+
+
+def test_speed_table_is_the_committed_run() -> None:
+    result = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
+    assert between("speed") == speed_tables(result)
 
 
 def test_readme_is_short() -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import demo
 import numpy as np
 import predict
 import pytest
@@ -17,7 +18,6 @@ import report
 import torch
 import train
 
-import demo
 import masked_kernels as mk
 from masked_kernels.training.checkpoint import load_checkpoint
 
@@ -167,7 +167,7 @@ def fake_result(accuracy: float, size: int) -> dict:
         "val_accuracy": 0.5,
         "best_epoch": 2,
         "train_seconds": 12.3,
-        "sizes": {"file_bytes": size},
+        "sizes": {"file_bytes": size, "values": 77},
     }
 
 
@@ -180,8 +180,8 @@ def test_recipes_table_takes_finished_runs_and_writes_their_numbers(tmp_path: Pa
     assert list(results) == list(recipes_table.RUNS)
     results["edge_popup"] = fake_result(0.4321, 125)
     page = recipes_table.page(results, "abc1234")
-    assert "| edge_popup | 43.21 | 50.00 | 2 | 125 | 8.0 | 12 |" in page
-    assert "| random_padding 1e-5 | 53.00 |" in page
+    assert "| edge_popup | 77 | 43.21 | 50.00 | 2 | 125 | 8.0 |" in page
+    assert "| random_padding 1e-5 | 77 | 53.00 |" in page
     assert "500 training, 100 validation and 200 test" in page and "abc1234" in page
 
 

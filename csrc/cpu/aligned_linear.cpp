@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kMaxBlocks = 8, kMaxTokens = 6;
 constexpr int64_t kLanes = AlignedRows::kBlock; // also the sums in a table
-constexpr int64_t kTableColumns = 4; // columns of a table
+constexpr int64_t kTableColumns = 4;            // columns of a table
 constexpr int64_t kWordTables = kWordBits / kTableColumns;
 constexpr int64_t kCachedWords = 12; // of columns whose tables for kMaxTokens fit the L1 cache
 
@@ -37,8 +37,17 @@ struct Variant {
 // tables [columns / 4, tokens, 16] from x [tokens, columns], columns a multiple of 32
 using BuildTables = void (*)(const float* x, int64_t tokens, int64_t columns, float* tables);
 
+// out [count] = x . values
+using Scale = void (*)(const float* x, const float* values, int64_t count, float* out);
+
+// y [tokens, count] = scale * sums [tokens, 16] + bias [16], count at most 16
+using Finish = void (*)(const float* sums, int64_t tokens, float scale, const float* bias,
+    int64_t count, float* y, int64_t y_stride);
+
 struct Kernels {
+  Scale scale;
   BuildTables build_tables;
+  Finish finish;
   Variant by_tokens[kMaxTokens];
 };
 
@@ -69,12 +78,24 @@ void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables
       }
 }
 
+void scale(const float* x, const float* values, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = x[i] * values[i];
+}
+
+void finish(const float* sums, int64_t tokens, float scale, const float* bias, int64_t count,
+    float* y, int64_t y_stride) {
+  for (int64_t t = 0; t < tokens; ++t, sums += kLanes, y += y_stride)
+    for (int64_t i = 0; i < count; ++i)
+      y[i] = scale * sums[i] + bias[i];
+}
+
 template <int kTokens>
 constexpr Variant variant() {
   return {1, micro_kernel<kTokens>, micro_kernel<kTokens>};
 }
 
-constexpr Kernels kKernels = {build_tables,
+constexpr Kernels kKernels = {scale, build_tables, finish,
     {variant<1>(), variant<2>(), variant<3>(), variant<4>(), variant<5>(), variant<6>()}};
 
 } // namespace scalar
@@ -175,13 +196,31 @@ MK_AVX512 void build_tables(const float* x, int64_t tokens, int64_t columns, flo
     }
 }
 
+MK_AVX512 void scale(const float* x, const float* values, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const auto lanes = static_cast<__mmask16>(low_bits(count - i));
+    const __m512 product = _mm512_mul_ps(
+        _mm512_maskz_loadu_ps(lanes, x + i), _mm512_maskz_loadu_ps(lanes, values + i));
+    _mm512_mask_storeu_ps(out + i, lanes, product);
+  }
+}
+
+MK_AVX512 void finish(const float* sums, int64_t tokens, float scale, const float* bias,
+    int64_t count, float* y, int64_t y_stride) {
+  const auto lanes = static_cast<__mmask16>(low_bits(count));
+  const __m512 scales = _mm512_set1_ps(scale), added = _mm512_load_ps(bias);
+  for (int64_t t = 0; t < tokens; ++t, sums += kLanes, y += y_stride)
+    _mm512_mask_storeu_ps(y, lanes, _mm512_fmadd_ps(scales, _mm512_load_ps(sums), added));
+}
+
 template <int kBlocks, int kTokens>
 constexpr Variant variant() {
   return {kBlocks, micro_kernel<kBlocks, kTokens>, micro_kernel<1, kTokens>};
 }
 
-constexpr Kernels kKernels = {build_tables, {variant<8, 1>(), variant<5, 2>(), variant<4, 3>(),
-                                                variant<3, 4>(), variant<2, 5>(), variant<2, 6>()}};
+constexpr Kernels kKernels = {scale, build_tables, finish,
+    {variant<8, 1>(), variant<5, 2>(), variant<4, 3>(), variant<3, 4>(), variant<2, 5>(),
+        variant<2, 6>()}};
 
 } // namespace avx512
 #endif
@@ -190,75 +229,80 @@ struct alignas(64) Vector {
   float lane[kLanes];
 };
 
-// Blocks [begin, end) of one pattern, for some tokens.
+// Some blocks of rows that read the same values, with their biases [blocks, 16].
 struct Tile {
-  int64_t pattern, block_begin, block_end, token_begin, token_end;
+  const float* values; // [cols]
+  const uint32_t* words;
+  int64_t first_row, count;
+  std::vector<Vector> bias;
+
+  Tile(const AlignedLinear& p, const AlignedRows& rows, const float* row_values, int64_t pattern,
+      int64_t begin, int64_t end)
+      : values(row_values),
+        words(p.tiles + (rows.first_block(pattern) + begin) * words_per_row(p.cols) * kLanes),
+        first_row(rows.row(pattern, begin * kLanes)),
+        count(std::min((end - begin) * kLanes, rows.in_pattern(pattern) - begin * kLanes)),
+        bias(end - begin) {
+    for (int64_t i = 0; p.bias && i < count; ++i)
+      bias[i / kLanes].lane[i % kLanes] = p.bias[first_row + i * p.patterns];
+  }
+
+  int64_t blocks() const { return static_cast<int64_t>(bias.size()); }
 };
 
-// scaled [tokens, columns] = x . v_p for columns from `col` on, 0 past the end
-void scale_tokens(const AlignedLinear& p, const float* values, int64_t token, int64_t tokens,
-    int64_t col, int64_t columns, float* scaled) {
-  const int64_t count = std::min(columns, p.cols - col);
-  for (int64_t t = 0; t < tokens; ++t, scaled += columns) {
-    const float* x = p.x + (token + t) * p.cols + col;
-    for (int64_t k = 0; k < count; ++k)
-      scaled[k] = x[k] * values[col + k];
-    std::fill(scaled + count, scaled + columns, 0.0f);
-  }
-}
+struct Workspace {
+  std::vector<Vector> scaled, tables, sums;
 
-void store(const AlignedLinear& p, const AlignedRows& rows, const Tile& tile, int64_t token,
+  explicit Workspace(int64_t blocks)
+      : scaled(kMaxTokens * kCachedWords * kWordBits / kLanes),
+        tables(kMaxTokens * kCachedWords * kWordTables), sums(blocks * kMaxTokens) {}
+};
+
+// y of a tile's rows for some tokens, from sums [blocks, tokens, 16]
+void store(const AlignedLinear& p, const Tile& tile, const Kernels& kernels, int64_t token,
     int64_t tokens, const Vector* sums) {
-  for (int64_t block = tile.block_begin; block < tile.block_end; ++block) {
-    const int64_t row = rows.row(tile.pattern, block * kLanes), step = p.patterns;
-    const int64_t count = std::min(kLanes, ceil_div(p.rows - row, step));
-    float bias[kLanes] = {};
-    if (p.bias)
-      for (int64_t i = 0; i < count; ++i)
-        bias[i] = p.bias[row + i * step];
-    for (int64_t t = 0; t < tokens; ++t, ++sums) {
-      float y[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i)
-        y[i] = p.scale * sums->lane[i] + bias[i];
-      float* out = p.y + (token + t) * p.rows + row;
-      if (step == 1)
-        std::copy_n(y, count, out);
-      else
-        for (int64_t i = 0; i < count; ++i)
-          out[i * step] = y[i];
+  for (int64_t block = 0; block < tile.blocks(); ++block, sums += tokens) {
+    const float* bias = tile.bias[block].lane;
+    const int64_t first = block * kLanes, count = std::min(kLanes, tile.count - first);
+    float* out = p.y + token * p.rows + tile.first_row + first * p.patterns;
+    if (p.patterns == 1) {
+      kernels.finish(sums->lane, tokens, p.scale, bias, count, out, p.rows);
+      continue;
     }
+    Vector y[kMaxTokens];
+    kernels.finish(sums->lane, tokens, p.scale, bias, kLanes, y->lane, kLanes);
+    for (int64_t t = 0; t < tokens; ++t, out += p.rows)
+      for (int64_t i = 0; i < count; ++i)
+        out[i * p.patterns] = y[t].lane[i];
   }
 }
 
-void multiply_tile(const AlignedLinear& p, const AlignedRows& rows, const float* values,
-    const Kernels& kernels, const Tile& tile) {
-  const int64_t words = words_per_row(p.cols), blocks = tile.block_end - tile.block_begin;
-  const uint32_t* tiles = p.tiles +
-      (rows.first_block(tile.pattern) + tile.block_begin) * words * kLanes;
-  std::vector<float> scaled(kMaxTokens * kCachedWords * kWordBits);
-  std::vector<Vector> tables(kMaxTokens * kCachedWords * kWordTables);
-  std::vector<Vector> sums(blocks * kMaxTokens);
+void multiply_tile(const AlignedLinear& p, const Tile& tile, const Kernels& kernels, int64_t token,
+    int64_t tokens, Workspace& space) {
+  const Variant& variant = kernels.by_tokens[tokens - 1];
+  float* scaled = space.scaled.front().lane;
+  float* tables = space.tables.front().lane;
+  std::fill_n(space.sums.begin(), tile.blocks() * tokens, Vector{});
 
-  const int64_t all = tile.token_end - tile.token_begin, groups = ceil_div(all, kMaxTokens);
-  for (int64_t i = 0; i < groups; ++i) {
-    const int64_t token = tile.token_begin + all * i / groups;
-    const int64_t tokens = tile.token_begin + all * (i + 1) / groups - token;
-    const Variant& variant = kernels.by_tokens[tokens - 1];
-    std::fill(sums.begin(), sums.begin() + blocks * tokens, Vector{});
-    const int64_t step = kCachedWords * kMaxTokens / tokens;
-    for (int64_t word = 0; word < words; word += step) {
-      const int64_t count = std::min(step, words - word), columns = count * kWordBits;
-      scale_tokens(p, values, token, tokens, word * kWordBits, columns, scaled.data());
-      kernels.build_tables(scaled.data(), tokens, columns, tables.front().lane);
-      for (int64_t block = 0; block < blocks;) {
-        const bool full = block + variant.blocks <= blocks;
-        (full ? variant.kernel : variant.single)(tiles + (block * words + word) * kLanes,
-            words * kLanes, count, tables.front().lane, sums[block * tokens].lane);
-        block += full ? variant.blocks : 1;
-      }
+  const int64_t words = words_per_row(p.cols), step = kCachedWords * kMaxTokens / tokens;
+  for (int64_t word = 0; word < words; word += step) {
+    const int64_t count = std::min(step, words - word);
+    const int64_t col = word * kWordBits, columns = count * kWordBits;
+    const int64_t there = std::min(columns, p.cols - col);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* out = scaled + t * columns;
+      kernels.scale(p.x + (token + t) * p.cols + col, tile.values + col, there, out);
+      std::fill(out + there, out + columns, 0.0f);
     }
-    store(p, rows, tile, token, tokens, sums.data());
+    kernels.build_tables(scaled, tokens, columns, tables);
+    for (int64_t block = 0; block < tile.blocks();) {
+      const bool full = block + variant.blocks <= tile.blocks();
+      (full ? variant.kernel : variant.single)(tile.words + (block * words + word) * kLanes,
+          words * kLanes, count, tables, space.sums[block * tokens].lane);
+      block += full ? variant.blocks : 1;
+    }
   }
+  store(p, tile, kernels, token, tokens, space.sums.data());
 }
 
 } // namespace
@@ -269,7 +313,7 @@ void aligned_tiles(
   const int64_t row_words = words_per_row(shape.cols);
   constexpr int64_t kGrain = 1 << 12; // words worth waking a thread for
   for (int64_t p = 0; p < patterns; ++p)
-    exec.parallel.run(0, rows.blocks(p), ceil_div(kGrain, kLanes * std::max<int64_t>(row_words, 1)),
+    exec.parallel.run(0, rows.blocks(p), ceil_div(kGrain, kLanes * row_words + 1),
         [&](int64_t begin, int64_t end) {
           for (int64_t block = begin; block < end; ++block) {
             uint32_t* tile = tiles + (rows.first_block(p) + block) * row_words * kLanes;
@@ -289,21 +333,37 @@ void aligned_linear(const AlignedLinear& p, const Exec& exec) {
   for (int64_t k = 0; k < static_cast<int64_t>(first_row.size()); ++k)
     first_row[k] = p.values[k % p.period];
 
+  // Blocks [begin, end) of all patterns, for some tokens. All patterns of a few tokens come before
+  // the next tokens, so that the outputs they share stay in the cache.
+  const auto multiply = [&](int64_t begin, int64_t end, int64_t token_begin, int64_t token_end) {
+    std::vector<Tile> tiles;
+    for (int64_t pattern = 0, first = 0; pattern < p.patterns && first < end; ++pattern) {
+      const float* values = first_row.empty() ? p.values + pattern * p.cols : first_row.data();
+      const int64_t last = first + rows.blocks(pattern);
+      if (std::max(begin, first) < std::min(end, last))
+        tiles.emplace_back(
+            p, rows, values, pattern, std::max(begin, first) - first, std::min(end, last) - first);
+      first = last;
+    }
+    Workspace space(end - begin);
+    const int64_t all = token_end - token_begin, groups = ceil_div(all, kMaxTokens);
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t token = token_begin + all * i / groups;
+      const int64_t tokens = token_begin + all * (i + 1) / groups - token;
+      for (const Tile& tile : tiles)
+        multiply_tile(p, tile, kernels, token, tokens, space);
+    }
+  };
+
   // Threads share tokens, each building its own tables, or blocks when there are few tokens.
   constexpr int64_t kGrain = 1 << 18; // products worth waking a thread for
-  const bool by_tokens = p.tokens >= 2 * kMaxTokens * exec.parallel.threads();
-  for (int64_t pattern = 0; pattern < p.patterns; ++pattern) {
-    const float* values = first_row.empty() ? p.values + pattern * p.cols : first_row.data();
-    const int64_t blocks = rows.blocks(pattern);
-    const int64_t units = by_tokens ? p.tokens : p.tokens > 0 ? blocks : 0;
-    const int64_t unit = p.cols * kLanes * (by_tokens ? blocks : p.tokens);
-    exec.parallel.run(0, units, ceil_div(kGrain, std::max<int64_t>(unit, 1)),
-        [&](int64_t begin, int64_t end) {
-          const Tile tile = by_tokens ? Tile{pattern, 0, blocks, begin, end}
-                                      : Tile{pattern, begin, end, 0, p.tokens};
-          multiply_tile(p, rows, values, kernels, tile);
-        });
-  }
+  const int64_t blocks = rows.all_blocks(), block = std::max<int64_t>(p.cols, 1) * kLanes;
+  if (p.tokens >= 2 * kMaxTokens * exec.parallel.threads())
+    exec.parallel.run(0, p.tokens, ceil_div(kGrain, blocks * block + 1),
+        [&](int64_t begin, int64_t end) { multiply(0, blocks, begin, end); });
+  else if (p.tokens > 0)
+    exec.parallel.run(0, blocks, ceil_div(kGrain, p.tokens * block),
+        [&](int64_t begin, int64_t end) { multiply(begin, end, 0, p.tokens); });
 }
 
 } // namespace masked_kernels

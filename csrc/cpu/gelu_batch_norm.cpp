@@ -153,15 +153,15 @@ double weight(const GeluBatchNorm& p, int64_t channel) {
 
 } // namespace
 
-void gelu_stats(const float* x, int64_t pixels, int64_t channels, float* mean, float* var,
-    const Exec& exec) {
+void gelu_stats(
+    const float* x, int64_t pixels, int64_t channels, float* mean, float* var, const Exec& exec) {
   // About the first pixel: the squares of values far from 0 would drown their variance.
   Factors zero = factors(channels), one = factors(channels), shift = factors(channels);
   std::fill(one.begin(), one.end(), 1.0f);
   run_pixels(Normalise{x, channels, one.data(), zero.data(), shift.data()}, 1, exec);
   std::vector<double> sum(channels), squares(channels);
-  run_sums(Sums<false>{x, nullptr, pixels, channels, shift.data(), sum.data(), squares.data()},
-      exec);
+  run_sums(
+      Sums<false>{x, nullptr, pixels, channels, shift.data(), sum.data(), squares.data()}, exec);
   for (int64_t c = 0; c < channels; ++c) {
     const double offset = sum[c] / pixels;
     mean[c] = static_cast<float>(shift[c] + offset);
@@ -184,8 +184,7 @@ void gelu_batch_norm_grad_affine(const GeluBatchNorm& p, const float* grad_y, fl
   Factors shift = factors(p.channels);
   std::copy_n(p.mean, p.channels, shift.begin());
   std::vector<double> products(p.channels), sum(p.channels);
-  run_sums(
-      Sums<true>{p.x, grad_y, p.pixels, p.channels, shift.data(), products.data(), sum.data()},
+  run_sums(Sums<true>{p.x, grad_y, p.pixels, p.channels, shift.data(), products.data(), sum.data()},
       exec);
   for (int64_t c = 0; c < p.channels; ++c) {
     grad_weight[c] = static_cast<float>(products[c] * inverse_deviation(p, c));

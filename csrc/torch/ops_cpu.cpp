@@ -209,15 +209,15 @@ Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& ti
   check(shape.cols % period == 0 || period == patterns * shape.cols, "values: period ", period,
       " does not align with rows of ", shape.cols);
   check_dense("tiles", tiles, ScalarType::Int);
-  const int64_t count = AlignedRows(rows, patterns).all_blocks() * words_per_row(shape.cols) *
-      AlignedRows::kBlock;
+  const int64_t count =
+      AlignedRows(rows, patterns).all_blocks() * words_per_row(shape.cols) * AlignedRows::kBlock;
   check(tiles.numel() == count, "tiles: ", tiles.numel(), " words, expected ", count);
   const float* weights = floats_of("values", values, values.numel());
   const float* added = bias ? floats_of("bias", *bias, rows) : nullptr;
   Tensor y = empty({shape.rows, rows}, ScalarType::Float);
-  aligned_linear({input, weights, period, patterns,
-                     static_cast<const uint32_t*>(tiles.const_data_ptr()), added, scale_of(scale),
-                     shape.rows, rows, shape.cols, y.mutable_data_ptr<float>()},
+  aligned_linear(
+      {input, weights, period, patterns, static_cast<const uint32_t*>(tiles.const_data_ptr()),
+          added, scale_of(scale), shape.rows, rows, shape.cols, y.mutable_data_ptr<float>()},
       exec());
   return y;
 }
@@ -265,8 +265,8 @@ Tensor gelu_stats_op(const Tensor& x) {
   check(shape.rows >= 1, "x: no pixels");
   Tensor stats = empty({2, shape.cols}, ScalarType::Float);
   float* mean = stats.mutable_data_ptr<float>();
-  gelu_stats(floats_of("x", x, shape.elements()), shape.rows, shape.cols, mean, mean + shape.cols,
-      exec());
+  gelu_stats(
+      floats_of("x", x, shape.elements()), shape.rows, shape.cols, mean, mean + shape.cols, exec());
   return stats;
 }
 
@@ -301,7 +301,9 @@ Tensor gelu_batch_norm_grad_x_op(const Tensor& grad_y, const Tensor& x, const Te
   return grad_x;
 }
 
-std::string isa_op() { return name(active_isa()); }
+std::string isa_op() {
+  return name(active_isa());
+}
 
 } // namespace
 

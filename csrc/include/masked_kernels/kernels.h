@@ -80,17 +80,18 @@ struct MaskedLinear {
 };
 void masked_linear(const MaskedLinear& params, const Exec& exec);
 
-// The rows of a weight by the value vector they read: row o has pattern o % patterns. The rows of one
-// pattern are cut into blocks of 16.
+// The rows of a weight by the value vector they read: row o has pattern o % patterns. The rows of
+// one pattern are cut into blocks of 16.
 class AlignedRows {
  public:
   static constexpr int64_t kBlock = 16;
 
   AlignedRows(int64_t rows, int64_t patterns) : rows_(rows), patterns_(patterns) {}
 
-  int64_t blocks(int64_t pattern) const {
-    return ceil_div(ceil_div(std::max<int64_t>(rows_ - pattern, 0), patterns_), kBlock);
+  int64_t in_pattern(int64_t pattern) const {
+    return ceil_div(std::max<int64_t>(rows_ - pattern, 0), patterns_);
   }
+  int64_t blocks(int64_t pattern) const { return ceil_div(in_pattern(pattern), kBlock); }
   int64_t first_block(int64_t pattern) const {
     int64_t count = 0;
     for (int64_t p = 0; p < pattern; ++p)
@@ -104,8 +105,8 @@ class AlignedRows {
   int64_t rows_, patterns_;
 };
 
-// tiles [all blocks, ceil(cols / 32), 16] = the words of each block, one lane a row, 0 for rows that
-// are not there
+// tiles [all blocks, ceil(cols / 32), 16] = the words of each block, one lane a row, 0 for rows
+// that are not there
 void aligned_tiles(
     const uint32_t* words, Shape shape, int64_t patterns, uint32_t* tiles, const Exec& exec);
 
@@ -162,13 +163,13 @@ struct GeluBatchNorm {
 };
 
 // mean and biased variance of GELU(x), x [pixels, channels], pixels >= 1
-void gelu_stats(const float* x, int64_t pixels, int64_t channels, float* mean, float* var,
-    const Exec& exec);
+void gelu_stats(
+    const float* x, int64_t pixels, int64_t channels, float* mean, float* var, const Exec& exec);
 
 void gelu_batch_norm(const GeluBatchNorm& params, float* y, const Exec& exec);
 
-// The gradients of weight and bias: sums over pixels of grad_y * (g - mean) / sqrt(var + eps) and of
-// grad_y.
+// The gradients of weight and bias: sums over pixels of grad_y * (g - mean) / sqrt(var + eps) and
+// of grad_y.
 void gelu_batch_norm_grad_affine(const GeluBatchNorm& params, const float* grad_y,
     float* grad_weight, float* grad_bias, const Exec& exec);
 

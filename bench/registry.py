@@ -160,11 +160,7 @@ QUICK: tuple[Case, ...] = (
     *(MaskedLinear(n, k, batch) for n, k in SIZES[:2] for batch in (1, 64)),
     *(MaskedLinear(n, k, batch, align=True) for n, k in SIZES[:2] for batch in (1, 64)),
     MaskedLinear(1024, 1024, 1, ratio=None),
-<<<<<<< HEAD
-    *CASES[-3:-1],
-=======
-    *CASES[-3:],
->>>>>>> main
+    *CASES[-4:-1],
 )
 
 TOY: tuple[Case, ...] = (

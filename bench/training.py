@@ -48,14 +48,15 @@ class TrainingStep:
         published = _map(copy.deepcopy(ours), _published)
         truth = copy.deepcopy(dense).double()
 
-        def ours_step(x: Tensor, step: Callable[[Tensor], Tensor] = _step(ours)) -> Tensor:
-            with mk.use_backend(backend):
-                return step(x)
+        our_step, dense_step, true_step = _step(ours), _step(dense), _step(truth)
 
-        dense_step, true_step = _step(dense), _step(truth)
+        def on_backend(x: Tensor) -> Tensor:
+            with mk.use_backend(backend):
+                return our_step(x)
+
         return Problem(
             inputs,
-            {"ours": ours_step, "dense": dense_step, "sort and scatter": _step(published)},
+            {"ours": on_backend, "dense": dense_step, "sort and scatter": _step(published)},
             lambda grad, x: error_ratio(grad, dense_step(x), true_step(x.double())),
             baseline="dense",
         )

@@ -156,9 +156,7 @@ scored_conv2d_grad_scores = _define(
     f"Tensor grad_y, Tensor x, Tensor values, Tensor scores, Tensor? scale, bool absolute, {_CONV}",
     lambda g, x, v, scores, *_: scores.new_empty(scores.shape),
 )
-gelu_stats = _define(
-    "gelu_stats", "Tensor x", lambda x, _: x.new_empty((2, x.shape[1]))
-)
+gelu_stats = _define("gelu_stats", "Tensor x", lambda x, _: x.new_empty((2, x.shape[1])))
 gelu_batch_norm = _define(
     "gelu_batch_norm",
     "Tensor x, Tensor stats, Tensor? weight, Tensor? bias, float eps",

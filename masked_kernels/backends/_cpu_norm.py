@@ -1,6 +1,6 @@
-"""GELU and BatchNorm in one, by the kernels of ``csrc/cpu/gelu_batch_norm.cpp``; part of ``cpu.py``.
+"""GELU and BatchNorm in one on ``csrc/cpu/gelu_batch_norm.cpp``; part of ``cpu.py``.
 
-The kernels read float32 pixels of adjacent channels; other layouts are copied on the way in and out.
+The kernels read float32 pixels of adjacent channels; other layouts are copied in and out.
 """
 
 from typing import Any

@@ -11,14 +11,14 @@ The kernels compute in float32; 16-bit inputs are widened where that is cheap. T
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.grad import conv2d_weight
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._cpu_norm import gelu_batch_norm as gelu_batch_norm
@@ -32,6 +32,8 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PANEL_BYTES = 1 << 20  # half of a common L2 cache
 _DEPTHWISE_KERNELS = (3, 5, 7, 9)  # that depthwise_grad serves
 _ROWS_PER_PATTERN = 16  # one block of aligned_linear
+_ROWS_PER_PATTERN_OF_MANY_TOKENS = 256  # so that tables pay against the library's product
+_WEIGHTS_PER_PATTERN_OF_GRAD_X = 1 << 18  # each pattern is a product of its own
 
 
 @functools.cache
@@ -77,7 +79,8 @@ def linear_plan(
         return "panels"
     if isa == "avx512" and (dtype == torch.float32 or tokens <= 32):
         patterns = row_patterns(cols, period)
-        if patterns is not None and rows >= _ROWS_PER_PATTERN * patterns:
+        least = _ROWS_PER_PATTERN if tokens <= 32 else _ROWS_PER_PATTERN_OF_MANY_TOKENS
+        if patterns is not None and rows >= least * patterns:
             return "aligned"
     if dtype != torch.float32 and 4 * period > rows * cols:
         return "panels"  # widening the values would cost as much as decoding the weight
@@ -152,15 +155,17 @@ def masked_linear(
 def masked_linear_grad_x(
     grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, cols: int
 ) -> Tensor:
-    plan = linear_plan(grad_y.shape[0], words.shape[0], cols, values.numel(), grad_y.dtype, _isa())
-    if plan == "aligned":
+    rows = words.shape[0]
+    plan = linear_plan(grad_y.shape[0], rows, cols, values.numel(), grad_y.dtype, _isa())
+    patterns = row_patterns(cols, values.numel()) or 1
+    if plan == "aligned" and rows * cols >= _WEIGHTS_PER_PATTERN_OF_GRAD_X * patterns:
         return _aligned_linear_grad_x(grad_y, values, words, scale, cols)
-    if grad_y.dtype in (torch.float16, torch.bfloat16):
+    if grad_y.dtype in (torch.float16, torch.bfloat16) or rows == 0:
         # A sum over panels would round to 16 bits after each of them.
         return grad_y @ _scaled_(decode(values, words, cols), scale)
-    grad_x = grad_y.new_zeros((grad_y.shape[0], cols))
+    grad_x = grad_y.new_empty((grad_y.shape[0], cols))
     for begin, end, panel in _panels(values, words, cols):
-        grad_x.addmm_(grad_y[:, begin:end], panel, alpha=_number(scale))
+        grad_x.addmm_(grad_y[:, begin:end], panel, beta=int(begin > 0), alpha=_number(scale))
     return grad_x
 
 
@@ -189,7 +194,7 @@ def masked_conv2d(
     groups: int,
 ) -> Tensor:
     memory_format = conv_memory_format(x)
-    if _is_pointwise(x, values, words, kernel_size, stride, padding, groups):
+    if _is_pointwise(x, kernel_size, stride, padding, groups):
         y = masked_linear(_as_tokens(x), values, words, bias, scale)
         return _as_image(y, x).contiguous(memory_format=torch.channels_last)
     weight = _conv_weight(values, words, scale, x.shape[1] // groups, kernel_size)
@@ -209,12 +214,28 @@ def masked_conv2d_grad_x(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    if _is_pointwise(grad_y, values, words, kernel_size, stride, padding, groups):
+    if _is_pointwise(grad_y, kernel_size, stride, padding, groups):
         grad_tokens = masked_linear_grad_x(_as_tokens(grad_y), values, words, scale, x_size[1])
         return _as_image(grad_tokens, grad_y).contiguous(memory_format=torch.channels_last)
     weight = _conv_weight(values, words, scale, x_size[1] // groups, kernel_size)
-    grad_x: Tensor = conv2d_input(x_size, weight, grad_y, stride, padding, dilation, groups)
-    return grad_x.contiguous(memory_format=conv_memory_format(grad_y))
+    memory_format = conv_memory_format(grad_y)
+    # Only the size and layout of x matter; conv2d_input passes one of no layout, and is ten times
+    # slower on channels_last.
+    x = torch.empty(x_size, dtype=grad_y.dtype, memory_format=memory_format)
+    grad_x: Tensor = torch.ops.aten.convolution_backward(
+        grad_y,
+        x,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [True, False, False],
+    )[0]
+    return grad_x.contiguous(memory_format=memory_format)
 
 
 def masked_conv2d_grad_weight(
@@ -344,26 +365,16 @@ def _tiles(words: Tensor, cols: int, patterns: int) -> Tensor:
 
 
 def _is_pointwise(
-    x: Tensor,
-    values: Tensor,
-    words: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    groups: int,
+    x: Tensor, kernel_size: Sequence[int], stride: list[int], padding: list[int], groups: int
 ) -> bool:
-    """Whether the convolution is a linear layer over channels_last pixels, and faster as one."""
-    if (
-        conv_memory_format(x) != torch.channels_last
-        or groups != 1
-        or list(kernel_size) != [1, 1]
-        or list(stride) != [1, 1]
-        or list(padding) != [0, 0]
-    ):
-        return False
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    plan = linear_plan(pixels, words.shape[0], x.shape[1], values.numel(), x.dtype, _isa())
-    return plan != "panels"
+    """Whether the convolution is a linear layer over the pixels of a channels_last image."""
+    return (
+        conv_memory_format(x) == torch.channels_last
+        and groups == 1
+        and list(kernel_size) == [1, 1]
+        and list(stride) == [1, 1]
+        and list(padding) == [0, 0]
+    )
 
 
 def _as_tokens(image: Tensor) -> Tensor:
@@ -416,16 +427,15 @@ def _conv_grad_weight(
     groups: int,
 ) -> Tensor:
     """The gradient of the effective weight, contiguous."""
-    plain = conv_memory_format(x) == torch.channels_last and list(stride) == [1, 1]
-    if plain and groups == 1 and size[2:] == (1, 1) and not any(padding):
+    if _is_pointwise(x, size[2:], stride, padding, groups):
         return (_as_tokens(grad_y).t() @ _as_tokens(x)).view(size)
     if (
-        plain
+        conv_memory_format(x) == torch.channels_last
         and x.dtype == torch.float32
         and groups == x.shape[1] == size[0]
         and size[2] == size[3]
         and size[2] in _DEPTHWISE_KERNELS
-        and list(dilation) == [1, 1]
+        and list(stride) == list(dilation) == [1, 1]
     ):
         pixels = (t.permute(0, 2, 3, 1).contiguous() for t in (grad_y, x))
         grad: Tensor = _native().depthwise_grad(*pixels, size[2], *padding)

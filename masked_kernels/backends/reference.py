@@ -196,8 +196,8 @@ def gelu_batch_norm_grad_x(
         grad = grad - (grad_bias + _normalised(x, stats, eps) * grad_weight) / pixels
     factor = (stats[1] + eps).rsqrt()
     grad = grad * _per_channel(factor if weight is None else factor * weight, x)
-    grad = torch.ops.aten.gelu_backward(grad, x)
-    return grad.contiguous(memory_format=conv_memory_format(x))
+    grad_x: Tensor = torch.ops.aten.gelu_backward(grad, x)
+    return grad_x.contiguous(memory_format=conv_memory_format(x))
 
 
 def _over_pixels(x: Tensor) -> list[int]:

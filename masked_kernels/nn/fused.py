@@ -18,8 +18,6 @@ class FusedSequential(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward(input)  # type: ignore[no-any-return]
         layers = list(self)
         while layers:
             layer = layers.pop(0)
@@ -32,7 +30,8 @@ class FusedSequential(nn.Sequential):
 
 def _fuses(gelu: nn.Module, norm: nn.Module, x: Tensor) -> bool:
     return (
-        type(gelu) is nn.GELU
+        not torch.compiler.is_compiling()
+        and type(gelu) is nn.GELU
         and gelu.approximate == "none"
         and type(norm) is nn.BatchNorm2d
         and x.device.type == "cpu"

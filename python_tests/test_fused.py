@@ -1,0 +1,150 @@
+"""gelu_batch_norm and FusedSequential against BatchNorm2d(GELU(x)) of torch."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import assert_within
+from torch import Tensor, nn
+
+import masked_kernels as mk
+from masked_kernels import functional
+
+SIZES = ((2, 1, 1, 1), (1, 3, 1, 2), (2, 5, 4, 3), (3, 16, 5, 5), (2, 33, 7, 6), (4, 64, 8, 8))
+EPS = 1e-5
+
+
+def plain(
+    x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, training: bool, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """y, the running statistics afterwards, and the gradients of x, weight and bias."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+    mean, var = stats.to(dtype).clone()
+    y = F.batch_norm(F.gelu(leaves[0]), mean, var, *leaves[1:], training, 0.3, EPS)
+    return y.detach(), mean, var, *torch.autograd.grad(y, leaves, grad_of(x).to(dtype))
+
+
+def grad_of(x: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(x.shape, generator=generator)
+    return grad.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gelu_batch_norm(
+    size: tuple[int, ...], memory_format: torch.memory_format, training: bool, backend: str
+) -> None:
+    channels = size[1]
+    x = (2 * torch.randn(size)).contiguous(memory_format=memory_format).requires_grad_()
+    weight, bias = torch.randn(2, channels).unbind()
+    stats = torch.stack([torch.randn(channels), torch.rand(channels) + 0.5])
+    leaves = (x, weight.requires_grad_(), bias.requires_grad_())
+    mean, var = stats.clone()
+    y = functional.gelu_batch_norm(x, mean, var, weight, bias, training, 0.3, EPS, backend=backend)
+    got = (y.detach(), mean, var, *torch.autograd.grad(y, leaves, grad_of(x)))
+    expected, truth = (
+        plain(x, stats, weight, bias, training, dtype) for dtype in (torch.float32, torch.float64)
+    )
+    names = ("y", "running mean", "running var", "grad x", "grad weight", "grad bias")
+    for name, *tensors in zip(names, got, expected, truth, strict=True):
+        assert_within(name, *tensors)
+    if min(size) > 1:
+        assert y.is_contiguous(memory_format=memory_format)
+
+
+def test_without_affine_or_running_statistics(backend: str) -> None:
+    x = torch.randn(2, 5, 4, 4, requires_grad=True)
+    y = functional.gelu_batch_norm(x, None, None, training=True, backend=backend)
+    expected = F.batch_norm(F.gelu(x), None, None, training=True)
+    torch.testing.assert_close(y, expected)
+    grads = (torch.autograd.grad(t, x, grad_of(x))[0] for t in (y, expected))
+    torch.testing.assert_close(*grads)
+
+
+def test_statistics_of_values_far_from_zero(backend: str) -> None:
+    """The variance does not drown in the square of the mean."""
+    x = 1000 + torch.randn(8, 4, 16, 16)
+    y = functional.gelu_batch_norm(x, None, None, training=True, backend=backend)
+    truth, expected = (
+        F.batch_norm(F.gelu(x.to(dtype)), None, None, training=True)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_within("y", y, expected, truth)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck(training: bool) -> None:
+    x = torch.randn(2, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    stats = torch.randn(3).double(), torch.rand(3).double() + 0.5
+
+    def run(*leaves: Tensor) -> Tensor:
+        mean, var = (t.clone() for t in stats)
+        return functional.gelu_batch_norm(leaves[0], mean, var, *leaves[1:], training)
+
+    assert torch.autograd.gradcheck(run, (x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x, s: functional.gelu_batch_norm(x[0], s, s), ValueError, "x: got shape"),
+        (lambda x, s: functional.gelu_batch_norm(x, s[:2], s), ValueError, "running_mean: got"),
+        (lambda x, s: functional.gelu_batch_norm(x, s, s.double()), TypeError, "running_var: got"),
+        (lambda x, s: functional.gelu_batch_norm(x, s, s, 1.0), TypeError, "weight: got float"),
+        (lambda x, s: functional.gelu_batch_norm(x, None, None), ValueError, "running_mean, run"),
+        (
+            lambda x, s: functional.gelu_batch_norm(x[:1, :, :1, :1], s, s, training=True),
+            ValueError,
+            "expected 2 values per channel",
+        ),
+    ],
+)
+def test_errors_name_the_argument(call, error, message) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.randn(2, 3, 4, 4), torch.ones(3))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("track", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_fused_sequential_is_sequential(affine: bool, track: bool, momentum: float | None) -> None:
+    """Same outputs, gradients and buffers over three steps and in evaluation."""
+    norm = nn.BatchNorm2d(6, affine=affine, track_running_stats=track, momentum=momentum)
+    layers = [nn.Conv2d(4, 6, 3), nn.GELU(), norm, nn.ReLU()]
+    plain_model = nn.Sequential(*copy.deepcopy(layers))
+    fused = mk.nn.FusedSequential(*layers)
+    assert list(fused.state_dict()) == list(plain_model.state_dict())
+    for step in range(4):
+        x = torch.randn(3, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+        for model in (plain_model, fused):
+            model.train(step < 3).zero_grad()
+            model(x).square().sum().backward()
+        torch.testing.assert_close(fused(x), plain_model(x))
+        for ours, theirs in zip(fused.parameters(), plain_model.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fused.state_dict(), plain_model.state_dict())
+
+
+def test_fused_sequential_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    run = functional.gelu_batch_norm
+    monkeypatch.setattr(
+        "masked_kernels.nn.fused.gelu_batch_norm", lambda *args: calls.append(1) or run(*args)
+    )
+    image = torch.randn(2, 5, 4, 4).contiguous(memory_format=torch.channels_last)
+    cases = {
+        (nn.GELU(), nn.BatchNorm2d(5)): (image, mk.backends()["cpu"] is None),
+        (nn.GELU("tanh"), nn.BatchNorm2d(5)): (image, False),
+        (nn.ReLU(), nn.BatchNorm2d(5)): (image, False),
+        (nn.GELU(), nn.SyncBatchNorm(5).eval()): (image, False),
+        (nn.GELU(), nn.BatchNorm2d(5), nn.GELU()): (image.contiguous(), False),
+        (nn.GELU(), nn.BatchNorm2d(5).double()): (image.double(), False),
+    }
+    for layers, (x, fuses) in cases.items():
+        calls.clear()
+        torch.testing.assert_close(mk.nn.FusedSequential(*layers)(x), nn.Sequential(*layers)(x))
+        assert bool(calls) == fuses, layers

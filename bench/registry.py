@@ -145,7 +145,12 @@ SIZES = ((1024, 1024), (4096, 4096), (11008, 4096), (8192, 8192))
 CASES: tuple[Case, ...] = (
     *(SelectTopK(numel) for numel in (65_536, 2_359_296, 23_462_592)),
     *(MaskedLinear(n, k, batch) for n, k in SIZES for batch in (1, 8, 64)),
-    *(MaskedLinear(n, k, batch, align=True) for n, k in SIZES for batch in (1, 8, 64, 512)),
+    *(
+        MaskedLinear(n, k, batch, ratio, align=True)
+        for n, k in SIZES
+        for ratio in (1e-2, 1e-4)
+        for batch in (1, 8, 64, 512)
+    ),
     *(MaskedLinear(4096, 4096, batch, ratio=None) for batch in (1, 8, 64)),
     MaskedConv2d(64, 256, 16, 256, kernel=1, align=True),
     MaskedConv2d(64, 256, 16, 256, kernel=1),

@@ -54,9 +54,9 @@ def masked_linear(
     _check_linear(x, values, "mask", mask.shape)
     _check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
-    y: Tensor = MaskedLinear.apply(  # type: ignore[no-untyped-call]
-        _tokens(x), values, mask.words, bias, _scale(scale, x), backend or AUTO
-    )
+    arguments = (_tokens(x), values, mask.words, bias, _scale(scale, x))
+    run = MaskedLinear.apply if _wants_grad(x, values, bias) else _ops.masked_linear
+    y: Tensor = run(*arguments, backend or AUTO)
     return _restore(y, x)
 
 
@@ -93,6 +93,8 @@ def scored_linear(
     backend = backend or AUTO
     words = rule.select(scores, backend)
     scale = rule.weight_scale(words, scores.numel())
+    if not _wants_grad(x, values, bias, scores):
+        return _restore(_ops.masked_linear(_tokens(x), values, words, bias, scale, backend), x)
     y: Tensor = ScoredLinear.apply(  # type: ignore[no-untyped-call]
         _tokens(x), values, words, bias, scores, scale, rule.absolute, backend
     )
@@ -134,16 +136,12 @@ def masked_conv2d(
     )
     _check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
-    y: Tensor = MaskedConv2d.apply(  # type: ignore[no-untyped-call]
-        batch,
-        values,
-        mask.words,
-        bias,
-        _scale(scale, x),
-        list(mask.shape[2:]),
-        geometry,
-        backend or AUTO,
-    )
+    arguments = (batch, values, mask.words, bias, _scale(scale, x), list(mask.shape[2:]))
+    y: Tensor
+    if _wants_grad(x, values, bias):
+        y = MaskedConv2d.apply(*arguments, geometry, backend or AUTO)  # type: ignore[no-untyped-call]
+    else:
+        y = _ops.masked_conv2d(*arguments, *geometry, backend or AUTO)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -183,9 +181,14 @@ def scored_conv2d(
     backend = backend or AUTO
     words = rule.select(scores, backend)
     scale = rule.weight_scale(words, scores.numel())
-    y: Tensor = ScoredConv2d.apply(  # type: ignore[no-untyped-call]
-        batch, values, words, bias, scores, scale, rule.absolute, geometry, backend
-    )
+    y: Tensor
+    if _wants_grad(x, values, bias, scores):
+        y = ScoredConv2d.apply(  # type: ignore[no-untyped-call]
+            batch, values, words, bias, scores, scale, rule.absolute, geometry, backend
+        )
+    else:
+        kernel_size = list(scores.shape[2:])
+        y = _ops.masked_conv2d(batch, values, words, bias, scale, kernel_size, *geometry, backend)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -236,9 +239,13 @@ def gelu_batch_norm(
         raise ValueError("running_mean, running_var: got None, expected tensors unless training")
     else:
         stats = torch.stack([running_mean, running_var])
-    y: Tensor = GeluBatchNorm.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, stats, training, eps, backend
-    )
+    y: Tensor
+    if _wants_grad(x, weight, bias):
+        y = GeluBatchNorm.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, stats, training, eps, backend
+        )
+    else:
+        y = _ops.gelu_batch_norm(x, stats, weight, bias, eps, backend)
     return y
 
 
@@ -382,6 +389,11 @@ def _scale(scale: float | Tensor | None, x: Tensor) -> Tensor | None:
         dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
         device=x.device,
     )
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether to go through autograd, which costs microseconds, or straight to the op."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _tokens(x: Tensor) -> Tensor:

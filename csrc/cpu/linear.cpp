@@ -9,6 +9,7 @@
 
 #include "masked_kernels/kernels.h"
 
+#include <cstring>
 #include <numeric>
 
 namespace masked_kernels {
@@ -25,9 +26,8 @@ struct Rows {
 };
 
 // sums[r * tokens + t] = sum over `count` columns of x[t] * (row r). x is packed in vectors of 16
-// columns [ceil(count / 16), tokens, 16], 0 past the end. `next` are the rows of the call to come.
-using MicroKernel = void (*)(
-    const Rows& rows, const Rows& next, const float* x, int64_t count, float* sums);
+// columns [ceil(count / 16), tokens, 16], 0 past the end.
+using MicroKernel = void (*)(const Rows& rows, const float* x, int64_t count, float* sums);
 
 struct Variant {
   int rows; // in a group
@@ -42,7 +42,7 @@ struct Kernels {
 namespace scalar {
 
 template <int kTokens>
-void micro_kernel(const Rows& rows, const Rows&, const float* x, int64_t count, float* sums) {
+void micro_kernel(const Rows& rows, const float* x, int64_t count, float* sums) {
   float acc[kTokens][kLanes] = {};
   for (int64_t k = 0; k < count; k += kLanes, x += kTokens * kLanes) {
     const uint32_t bits = rows.words[0][k / kWordBits] >> k % kWordBits;
@@ -72,8 +72,7 @@ MK_AVX2 MK_INLINE __m256i expand(__m256i bits, __m256i lane_bit) {
 }
 
 template <int kRows, int kTokens>
-MK_AVX2 void micro_kernel(
-    const Rows& rows, const Rows&, const float* x, int64_t count, float* sums) {
+MK_AVX2 void micro_kernel(const Rows& rows, const float* x, int64_t count, float* sums) {
   __m256 acc[kRows][kTokens];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -122,19 +121,19 @@ struct Sums {
   __m512 at[kRows][kTokens];
 };
 
-// Adds 16 columns, less those past the end.
+// Adds the 16 columns from k on, less those past the end, where x is 0. The bits of these columns
+// begin at bit `shift` of each row's `bits`.
 template <int kRows, int kTokens>
-MK_AVX512 MK_INLINE void add_columns(
-    const Rows& rows, const float* x, int64_t vector, __mmask16 lanes, Sums<kRows, kTokens>& sums) {
+MK_AVX512 MK_INLINE void add_columns(const Rows& rows, const uint64_t (&bits)[kRows], int64_t shift,
+    const float* x, int64_t k, __mmask16 lanes, Sums<kRows, kTokens>& sums) {
   __m512 xs[kTokens];
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t)
-    xs[t] = _mm512_load_ps(x + (vector * kTokens + t) * kLanes);
+    xs[t] = _mm512_load_ps(x + k * kTokens + t * kLanes);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const auto* bits = reinterpret_cast<const __mmask16*>(rows.words[r]) + vector;
-    const __mmask16 set = _load_mask16(const_cast<__mmask16*>(bits)) & lanes;
-    __m512 w = _mm512_maskz_loadu_ps(lanes, rows.values[r] + vector * kLanes);
+    const __mmask16 set = _cvtu32_mask16(static_cast<uint32_t>(bits[r] >> shift));
+    __m512 w = _mm512_maskz_loadu_ps(lanes, rows.values[r] + k);
     asm("" : "+v"(w)); // one load for all tokens: most cross a cache line
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t)
@@ -142,9 +141,10 @@ MK_AVX512 MK_INLINE void add_columns(
   }
 }
 
+// Loads across cache lines take every slot the load ports have, so bits are loaded 64 at a time.
 template <int kRows, int kTokens>
-MK_AVX512 void micro_kernel(
-    const Rows& rows, const Rows& next, const float* x, int64_t count, float* sums) {
+MK_AVX512 void micro_kernel(const Rows& rows, const float* x, int64_t count, float* sums) {
+  constexpr int64_t kChunk = 64;
   Sums<kRows, kTokens> acc;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -152,19 +152,21 @@ MK_AVX512 void micro_kernel(
     for (int t = 0; t < kTokens; ++t)
       acc.at[r][t] = _mm512_setzero_ps();
 
-  const int64_t whole = count / kLanes;
-  for (int64_t vector = 0; vector < whole;) {
-    // A walk leaps over rows, which no hardware prefetcher foresees.
+  uint64_t bits[kRows];
+  int64_t k = 0;
+  for (const int64_t whole = count / kChunk * kChunk; k < whole; k += kChunk) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-      _mm_prefetch(
-          reinterpret_cast<const char*>(next.words[r]) + vector * (kLanes / 8), _MM_HINT_T0);
-    for (const int64_t line_end = std::min(vector + kLineBits / kLanes, whole); vector < line_end;
-        ++vector)
-      add_columns(rows, x, vector, 0xffff, acc);
+      std::memcpy(&bits[r], rows.words[r] + k / kWordBits, sizeof bits[r]);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kChunk; i += kLanes)
+      add_columns(rows, bits, i, x, k + i, 0xffff, acc);
   }
-  if (const int64_t rest = count % kLanes)
-    add_columns(rows, x, whole, static_cast<__mmask16>(low_bits(rest)), acc);
+  for (; k < count; k += kLanes) {
+    for (int r = 0; r < kRows; ++r)
+      bits[r] = rows.words[r][k / kWordBits];
+    add_columns(rows, bits, k % kWordBits, x, k, static_cast<__mmask16>(low_bits(count - k)), acc);
+  }
 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -174,7 +176,7 @@ MK_AVX512 void micro_kernel(
 }
 
 constexpr Kernels kKernels = {
-    6, {{5, micro_kernel<5, 1>}, {5, micro_kernel<5, 2>}, {5, micro_kernel<5, 3>},
+    6, {{4, micro_kernel<4, 1>}, {5, micro_kernel<5, 2>}, {5, micro_kernel<5, 3>},
            {5, micro_kernel<5, 4>}, {4, micro_kernel<4, 5>}, {4, micro_kernel<4, 6>}}};
 } // namespace avx512
 #endif
@@ -199,6 +201,13 @@ Group next_group(
     group.rows.words[i] = group.rows.words[i - 1];
   }
   return group;
+}
+
+// A walk leaps over rows, which no hardware prefetcher foresees.
+void prefetch(const Rows& rows, int count, int64_t cols) {
+  for (int r = 0; r < count; ++r)
+    for (int64_t k = 0; k < cols; k += kLineBits)
+      __builtin_prefetch(rows.words[r] + k / kWordBits);
 }
 
 void pack_tokens(const float* x, int64_t stride, int64_t tokens, int64_t count, float* packed) {
@@ -239,7 +248,8 @@ void multiply_tile(const MaskedLinear& p, const RowWindows<float>& windows, cons
       while (group.count > 0) {
         const Group next = next_group(walk, variant.rows, windows, p, col);
         float sums[kMaxRows * kMaxTokens];
-        variant.kernel(group.rows, next.count ? next.rows : group.rows, x, cols, sums);
+        prefetch(next.rows, next.count, cols);
+        variant.kernel(group.rows, x, cols, sums);
         for (int r = 0; r < group.count; ++r) {
           const int64_t row = group.row[r];
           for (int64_t t = 0; t < width; ++t) {

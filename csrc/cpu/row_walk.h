@@ -37,9 +37,11 @@ class RowWalk {
     constexpr int64_t kResident = 2048; // so short a prototype stays in the cache in any order
     if (period <= kResident || rows * cols <= period)
       return 1;
+    const int64_t step = cols % period;
     int64_t best = 1, least = rows * cols, start = 0;
     for (int64_t stride = 1; stride * cols < least; ++stride) {
-      start = (start + cols) % period;
+      start += step;
+      start -= start >= period ? period : 0;
       const int64_t shift = std::min({start, period - start, cols});
       const int64_t reads = shift * rows + stride * cols;
       if (reads < least) {

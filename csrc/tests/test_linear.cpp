@@ -1,4 +1,4 @@
-// masked_linear against loops in double, and the order of its rows.
+// masked_linear and aligned_linear against loops in double, and the order of its rows.
 #include "testing.h"
 
 #include "row_walk.h"
@@ -9,31 +9,62 @@ using namespace testing;
 
 namespace {
 
+struct Problem {
+  int64_t tokens;
+  Shape shape;
+  int64_t period;
+  std::vector<float> x, values, bias;
+  std::vector<uint32_t> words;
+  float scale;
+
+  Problem(int64_t tokens, Shape shape, int64_t period, bool has_bias, Random& random)
+      : tokens(tokens), shape(shape), period(period), x(random.floats(tokens * shape.cols)),
+        values(random.floats(period)), bias(random.floats(has_bias ? shape.rows : 0)),
+        words(random.words(shape)), scale(has_bias ? 1.5f : 1.0f) {}
+
+  const float* bias_or_null() const { return bias.empty() ? nullptr : bias.data(); }
+
+  void check(const std::vector<float>& y, const Exec& exec) const {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t row = 0; row < shape.rows; ++row) {
+        double sum = 0, size = 1;
+        for (int64_t col = 0; col < shape.cols; ++col)
+          if (bit(words, shape, row, col)) {
+            const double term =
+                double{x[t * shape.cols + col]} * values[(row * shape.cols + col) % period];
+            sum += term;
+            size += std::abs(term);
+          }
+        const double expected = scale * sum + (bias.empty() ? 0 : bias[row]);
+        CHECK(std::abs(y[t * shape.rows + row] - expected) <= 1e-6 * scale * size, name(exec.isa),
+            exec.parallel.threads(), tokens, shape.rows, shape.cols, period, t, row,
+            y[t * shape.rows + row], expected);
+      }
+  }
+};
+
 void test_linear(
     const Exec& exec, int64_t tokens, Shape shape, int64_t period, bool has_bias, Random& random) {
-  const std::vector<float> x = random.floats(tokens * shape.cols), values = random.floats(period),
-                           bias = random.floats(shape.rows);
-  const std::vector<uint32_t> words = random.words(shape);
-  const float scale = has_bias ? 1.5f : 1.0f;
+  const Problem p(tokens, shape, period, has_bias, random);
   std::vector<float> y(tokens * shape.rows, NAN);
-  masked_linear({x.data(), values.data(), period, words.data(), has_bias ? bias.data() : nullptr,
-                    scale, tokens, shape.rows, shape.cols, y.data()},
+  masked_linear({p.x.data(), p.values.data(), period, p.words.data(), p.bias_or_null(), p.scale,
+                    tokens, shape.rows, shape.cols, y.data()},
       exec);
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t row = 0; row < shape.rows; ++row) {
-      double sum = 0, size = 1;
-      for (int64_t col = 0; col < shape.cols; ++col)
-        if (bit(words, shape, row, col)) {
-          const double term =
-              double{x[t * shape.cols + col]} * values[(row * shape.cols + col) % period];
-          sum += term;
-          size += std::abs(term);
-        }
-      const double expected = scale * sum + (has_bias ? bias[row] : 0);
-      CHECK(std::abs(y[t * shape.rows + row] - expected) <= 1e-6 * scale * size, name(exec.isa),
-          exec.parallel.threads(), tokens, shape.rows, shape.cols, period, t, row,
-          y[t * shape.rows + row], expected);
-    }
+  p.check(y, exec);
+}
+
+void test_aligned(
+    const Exec& exec, int64_t tokens, Shape shape, int64_t period, bool has_bias, Random& random) {
+  const Problem p(tokens, shape, period, has_bias, random);
+  const int64_t patterns = std::max<int64_t>(period / std::max<int64_t>(shape.cols, 1), 1);
+  std::vector<uint32_t> tiles(AlignedRows(shape.rows, patterns).all_blocks() *
+                              words_per_row(shape.cols) * AlignedRows::kBlock);
+  aligned_tiles(p.words.data(), shape, patterns, tiles.data(), exec);
+  std::vector<float> y(tokens * shape.rows, NAN);
+  aligned_linear({p.x.data(), p.values.data(), period, patterns, tiles.data(), p.bias_or_null(),
+                     p.scale, tokens, shape.rows, shape.cols, y.data()},
+      exec);
+  p.check(y, exec);
 }
 
 // A value whose bit is 0 counts for nothing, whatever it is.
@@ -77,6 +108,17 @@ int main() {
                  2 * cols - 1, shape.elements(), shape.elements() + 9})
           test_linear(exec, tokens, shape, period, tokens % 2 == 0, random);
     }
+    for (const int64_t cols : kCols)
+      for (const int64_t rows : {1, 16, 37, 150})
+        for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 40})
+          for (const int64_t period :
+              {int64_t{1}, cols % 2 ? cols : cols / 2, cols, 2 * cols, 7 * cols, 200 * cols})
+            test_aligned(exec, tokens, {rows, cols}, period, tokens % 2 == 0, random);
+    // Several column blocks; nothing.
+    test_aligned(exec, 1, {200, 13'001}, 13'001, true, random);
+    test_aligned(exec, 9, {40, 5000}, 10'000, false, random);
+    for (const Shape empty : {Shape{0, 5}, Shape{4, 0}, Shape{4, 5}})
+      test_aligned(exec, empty.cols == 5 && empty.rows == 4 ? 0 : 3, empty, 5, true, random);
     // Several column blocks, many rows, few rows with many tokens, a walk with a stride.
     test_linear(exec, 2, {9, 13'001}, 4000, true, random);
     test_linear(exec, 7, {5, 5000}, 25'000, true, random);

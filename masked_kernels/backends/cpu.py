@@ -28,8 +28,8 @@ from ._cpu_norm import gelu_stats as gelu_stats
 from ._layout import conv_memory_format
 
 _LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_PANEL_BYTES = 1 << 20  # half of a common L2 cache
+_DTYPES = (torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.float64, torch.bool)
+_PANEL_BYTES = 1 << 22  # small enough for the L2 caches, large enough to occupy the threads
 _DEPTHWISE_KERNELS = (3, 5, 7, 9)  # that depthwise_grad serves
 _ROWS_PER_PATTERN = 16  # one block of aligned_linear
 _ROWS_PER_PATTERN_OF_MANY_TOKENS = 256  # so that tables pay against the library's product
@@ -55,18 +55,15 @@ def why_unavailable() -> str | None:
 def why_not(op: str, *args: object) -> str | None:
     """None if ``op`` can run on ``args`` here, else the reason why not."""
     for arg in args:
-        if isinstance(arg, Tensor) and arg.device.type != "cpu":
+        if not isinstance(arg, Tensor):
+            continue
+        if not arg.is_cpu:
             return f"a tensor is on {arg.device}"
-    if op.startswith(("select_", "scored_")):
-        for arg in args:
-            if isinstance(arg, Tensor) and arg.dtype == torch.float64:
-                return f"{op} computes in float32 and got float64"
-    if op.startswith("gelu_"):
-        for arg in args:
-            if isinstance(arg, Tensor) and arg.dtype != torch.float32:
-                return f"{op} computes in float32 and got {arg.dtype}"
-    for arg in args:
-        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype not in _FLOATS:
+        if arg.dtype == torch.float64 and op.startswith(("select_", "scored_")):
+            return f"{op} computes in float32 and got float64"
+        if arg.dtype != torch.float32 and op.startswith("gelu_"):
+            return f"{op} computes in float32 and got {arg.dtype}"
+        if arg.dtype not in _DTYPES:
             return f"dtype {arg.dtype} is none of float32, float64, float16, bfloat16"
     return None
 
@@ -74,7 +71,10 @@ def why_not(op: str, *args: object) -> str | None:
 def linear_plan(
     tokens: int, rows: int, cols: int, period: int, dtype: torch.dtype, isa: str
 ) -> Literal["aligned", "direct", "panels"]:
-    """How to multiply ``tokens`` inputs with a weight ``[rows, cols]`` of the given period."""
+    """How to multiply ``tokens`` inputs with a weight ``[rows, cols]`` of the given period.
+
+    The bounds are where the ways cross over in time on a 2-core AVX-512 machine.
+    """
     if dtype == torch.float64 or isa == "scalar":
         return "panels"
     if isa == "avx512" and (dtype == torch.float32 or tokens <= 32):
@@ -82,9 +82,12 @@ def linear_plan(
         least = _ROWS_PER_PATTERN if tokens <= 32 else _ROWS_PER_PATTERN_OF_MANY_TOKENS
         if patterns is not None and rows >= least * patterns:
             return "aligned"
-    if dtype != torch.float32 and 4 * period > rows * cols:
-        return "panels"  # widening the values would cost as much as decoding the weight
-    most = 32 if isa == "avx512" else 4
+    if 2 * period > rows * cols:  # the values are read from memory anew for every few tokens
+        most = 8 if dtype == torch.float32 else 0  # and widening them costs as much as decoding
+    elif isa == "avx2":
+        most = 8
+    else:
+        most = 128 if cols >= 1024 else 32  # short rows spend their time on adding up lanes
     return "direct" if tokens <= most else "panels"
 
 

@@ -1,0 +1,64 @@
+"""Decisions of the cpu backend: which kernel runs, and what it keeps of a mask."""
+
+import gc
+
+import pytest
+import torch
+
+from masked_kernels import _ops, backends
+
+if reason := backends()["cpu"]:
+    pytest.skip(f"backend 'cpu' is unavailable: {reason}", allow_module_level=True)
+
+from masked_kernels.backends import cpu
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "cols", "period", "dtype", "isa", "plan"),
+    [
+        (1, 4096, 4096, 4096, F32, "avx512", "aligned"),
+        (4096, 4096, 4096, 64, F32, "avx512", "aligned"),
+        (64, 256, 256, 1024, F32, "avx512", "aligned"),
+        (8, 63, 256, 1024, F32, "avx512", "direct"),  # fewer than 16 rows a pattern
+        (1, 4096, 4096, 167_773, F32, "avx512", "direct"),
+        (4096, 4096, 4096, 167_773, F32, "avx512", "panels"),
+        (1, 4096, 4096, 4096 * 4096, F32, "avx512", "direct"),
+        (1, 4096, 4096, 4096, F32, "avx2", "direct"),
+        (1, 4096, 4096, 4096, F32, "scalar", "panels"),
+        (1, 4096, 4096, 4096, F64, "avx512", "panels"),
+        (1, 4096, 4096, 4096, BF16, "avx512", "aligned"),
+        (512, 4096, 4096, 4096, BF16, "avx512", "panels"),
+        (1, 4096, 4096, 4096 * 4096, BF16, "avx512", "panels"),
+    ],
+)
+def test_linear_plan(tokens, rows, cols, period, dtype, isa, plan) -> None:
+    assert cpu.linear_plan(tokens, rows, cols, period, dtype, isa) == plan
+
+
+def test_row_patterns() -> None:
+    assert cpu.row_patterns(12, 1) == cpu.row_patterns(12, 4) == cpu.row_patterns(12, 12) == 1
+    assert cpu.row_patterns(12, 36) == 3
+    assert cpu.row_patterns(12, 5) is cpu.row_patterns(12, 18) is None
+    assert cpu.row_patterns(0, 5) == cpu.row_patterns(5, 0) == 1
+
+
+def test_tiles_follow_the_words() -> None:
+    """Re-laid bits are kept while the mask lives, and made anew when its words change."""
+    words = _ops.pack(torch.rand(32, 64) < 0.5, "cpu")
+    first = cpu._tiles(words, 64, 1)
+    assert cpu._tiles(words, 64, 1) is first
+    assert cpu._tiles(words, 64, 2).shape == first.shape
+    words.zero_()
+    assert int(cpu._tiles(words, 64, 1).abs().sum()) == 0
+    with torch.inference_mode():
+        fresh = _ops.pack(torch.ones(32, 64, dtype=torch.bool), "cpu")
+        kept = cpu._tiles(fresh, 64, 1)
+        fresh.zero_()
+        assert int(cpu._tiles(fresh, 64, 1).abs().sum()) == 0
+        assert int(kept.abs().sum()) > 0
+    count = len(cpu._tiles_of)
+    del words
+    gc.collect()
+    assert len(cpu._tiles_of) == count - 1

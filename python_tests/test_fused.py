@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import masked_kernels as mk
 from masked_kernels import functional
 
-SIZES = ((2, 1, 1, 1), (1, 3, 1, 2), (2, 5, 4, 3), (3, 16, 5, 5), (2, 33, 7, 6), (4, 64, 8, 8))
+# Two values per channel cancel in the gradient of x; the error of a single channel is luck.
+SIZES = ((2, 17, 2, 3), (3, 16, 5, 5), (2, 33, 7, 6), (4, 64, 8, 8), (1, 5, 30, 21))
 EPS = 1e-5
 
 

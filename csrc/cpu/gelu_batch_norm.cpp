@@ -11,7 +11,8 @@ namespace masked_kernels {
 namespace {
 
 constexpr int64_t kMaxLanes = 16;
-constexpr int64_t kBlock = 64; // pixels summed in float before the sums are added up in double
+constexpr int64_t kBlock = 16;  // pixels summed in float before the sums are added up in double
+constexpr int64_t kFirst = 256; // pixels that a variance takes a first mean from
 
 // Per-channel factors, with room for a whole vector at the end.
 using Factors = std::vector<float>;
@@ -155,11 +156,16 @@ double weight(const GeluBatchNorm& p, int64_t channel) {
 
 void gelu_stats(
     const float* x, int64_t pixels, int64_t channels, float* mean, float* var, const Exec& exec) {
-  // About the first pixel: the squares of values far from 0 would drown their variance.
-  Factors zero = factors(channels), one = factors(channels), shift = factors(channels);
-  std::fill(one.begin(), one.end(), 1.0f);
-  run_pixels(Normalise{x, channels, one.data(), zero.data(), shift.data()}, 1, exec);
-  std::vector<double> sum(channels), squares(channels);
+  // About the mean of the first pixels: the squares of values far from 0 would drown their
+  // variance.
+  const int64_t first = std::min(pixels, kFirst);
+  Factors zero = factors(channels), shift = factors(channels);
+  std::vector<double> sum(channels), squares(channels), first_sum(channels);
+  run_sums(Sums<false>{x, nullptr, first, channels, zero.data(), first_sum.data(), squares.data()},
+      exec);
+  for (int64_t c = 0; c < channels; ++c)
+    shift[c] = static_cast<float>(first_sum[c] / first);
+  std::fill(squares.begin(), squares.end(), 0.0);
   run_sums(
       Sums<false>{x, nullptr, pixels, channels, shift.data(), sum.data(), squares.data()}, exec);
   for (int64_t c = 0; c < channels; ++c) {

@@ -31,7 +31,7 @@ demo: .venv/.package
 
 test: lint ctest
 	@echo '── Python tests'
-	@time $(BIN)/python -m pytest $(PYTEST) --require-backend cpu,reference
+	@time $(BIN)/python -m pytest $(PYTEST) --require-backend=cpu,reference
 
 bench: .venv/.package
 	@echo '── Benchmarks'

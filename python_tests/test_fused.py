@@ -9,7 +9,6 @@ from cases import assert_within
 from torch import Tensor, nn
 
 import masked_kernels as mk
-from masked_kernels import functional
 
 # Two values per channel cancel in the gradient of x; the error of a single channel is luck.
 SIZES = ((2, 17, 2, 3), (3, 16, 5, 5), (2, 33, 7, 6), (4, 64, 8, 8), (1, 5, 30, 21))
@@ -44,7 +43,7 @@ def test_gelu_batch_norm(
     stats = torch.stack([torch.randn(channels), torch.rand(channels) + 0.5])
     leaves = (x, weight.requires_grad_(), bias.requires_grad_())
     mean, var = stats.clone()
-    y = functional.gelu_batch_norm(x, mean, var, weight, bias, training, 0.3, EPS, backend=backend)
+    y = mk.gelu_batch_norm(x, mean, var, weight, bias, training, 0.3, EPS, backend=backend)
     got = (y.detach(), mean, var, *torch.autograd.grad(y, leaves, grad_of(x)))
     expected, truth = (
         plain(x, stats, weight, bias, training, dtype) for dtype in (torch.float32, torch.float64)
@@ -58,7 +57,7 @@ def test_gelu_batch_norm(
 
 def test_without_affine_or_running_statistics(backend: str) -> None:
     x = torch.randn(2, 5, 4, 4, requires_grad=True)
-    y = functional.gelu_batch_norm(x, None, None, training=True, backend=backend)
+    y = mk.gelu_batch_norm(x, None, None, training=True, backend=backend)
     expected = F.batch_norm(F.gelu(x), None, None, training=True)
     torch.testing.assert_close(y, expected)
     grads = (torch.autograd.grad(t, x, grad_of(x))[0] for t in (y, expected))
@@ -68,7 +67,7 @@ def test_without_affine_or_running_statistics(backend: str) -> None:
 def test_statistics_of_values_far_from_zero(backend: str) -> None:
     """The variance does not drown in the square of the mean."""
     x = 1000 + torch.randn(8, 4, 16, 16)
-    y = functional.gelu_batch_norm(x, None, None, training=True, backend=backend)
+    y = mk.gelu_batch_norm(x, None, None, training=True, backend=backend)
     truth, expected = (
         F.batch_norm(F.gelu(x.to(dtype)), None, None, training=True)
         for dtype in (torch.float64, torch.float32)
@@ -84,7 +83,7 @@ def test_gradcheck(training: bool) -> None:
 
     def run(*leaves: Tensor) -> Tensor:
         mean, var = (t.clone() for t in stats)
-        return functional.gelu_batch_norm(leaves[0], mean, var, *leaves[1:], training)
+        return mk.gelu_batch_norm(leaves[0], mean, var, *leaves[1:], training)
 
     assert torch.autograd.gradcheck(run, (x, weight, bias))
 
@@ -92,13 +91,13 @@ def test_gradcheck(training: bool) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x, s: functional.gelu_batch_norm(x[0], s, s), ValueError, "x: got shape"),
-        (lambda x, s: functional.gelu_batch_norm(x, s[:2], s), ValueError, "running_mean: got"),
-        (lambda x, s: functional.gelu_batch_norm(x, s, s.double()), TypeError, "running_var: got"),
-        (lambda x, s: functional.gelu_batch_norm(x, s, s, 1.0), TypeError, "weight: got float"),
-        (lambda x, s: functional.gelu_batch_norm(x, None, None), ValueError, "running_mean, run"),
+        (lambda x, s: mk.gelu_batch_norm(x[0], s, s), ValueError, "x: got shape"),
+        (lambda x, s: mk.gelu_batch_norm(x, s[:2], s), ValueError, "running_mean: got"),
+        (lambda x, s: mk.gelu_batch_norm(x, s, s.double()), TypeError, "running_var: got"),
+        (lambda x, s: mk.gelu_batch_norm(x, s, s, 1.0), TypeError, "weight: got float"),
+        (lambda x, s: mk.gelu_batch_norm(x, None, None), ValueError, "running_mean, run"),
         (
-            lambda x, s: functional.gelu_batch_norm(x[:1, :, :1, :1], s, s, training=True),
+            lambda x, s: mk.gelu_batch_norm(x[:1, :, :1, :1], s, s, training=True),
             ValueError,
             "expected 2 values per channel",
         ),
@@ -132,7 +131,7 @@ def test_fused_sequential_is_sequential(affine: bool, track: bool, momentum: flo
 
 def test_fused_sequential_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    run = functional.gelu_batch_norm
+    run = mk.gelu_batch_norm
     monkeypatch.setattr(
         "masked_kernels.nn.fused.gelu_batch_norm", lambda *args: calls.append(1) or run(*args)
     )

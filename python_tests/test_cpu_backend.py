@@ -10,7 +10,8 @@ from masked_kernels import _ops, backends
 if reason := backends()["cpu"]:
     pytest.skip(f"backend 'cpu' is unavailable: {reason}", allow_module_level=True)
 
-from masked_kernels.backends import cpu
+from masked_kernels.backends.cpu import aligned
+from masked_kernels.backends.cpu.plan import linear_plan, row_patterns
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
@@ -35,31 +36,31 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
     ],
 )
 def test_linear_plan(tokens, rows, cols, period, dtype, isa, plan) -> None:
-    assert cpu.linear_plan(tokens, rows, cols, period, dtype, isa) == plan
+    assert linear_plan(tokens, rows, cols, period, dtype, isa) == plan
 
 
 def test_row_patterns() -> None:
-    assert cpu.row_patterns(12, 1) == cpu.row_patterns(12, 4) == cpu.row_patterns(12, 12) == 1
-    assert cpu.row_patterns(12, 36) == 3
-    assert cpu.row_patterns(12, 5) is cpu.row_patterns(12, 18) is None
-    assert cpu.row_patterns(0, 5) == cpu.row_patterns(5, 0) == 1
+    assert row_patterns(12, 1) == row_patterns(12, 4) == row_patterns(12, 12) == 1
+    assert row_patterns(12, 36) == 3
+    assert row_patterns(12, 5) is row_patterns(12, 18) is None
+    assert row_patterns(0, 5) == row_patterns(5, 0) == 1
 
 
 def test_tiles_follow_the_words() -> None:
     """Re-laid bits are kept while the mask lives, and made anew when its words change."""
     words = _ops.pack(torch.rand(32, 64) < 0.5, "cpu")
-    first = cpu._tiles(words, 64, 1)
-    assert cpu._tiles(words, 64, 1) is first
-    assert cpu._tiles(words, 64, 2).shape == first.shape
+    first = aligned._tiles(words, 64, 1)
+    assert aligned._tiles(words, 64, 1) is first
+    assert aligned._tiles(words, 64, 2).shape == first.shape
     words.zero_()
-    assert int(cpu._tiles(words, 64, 1).abs().sum()) == 0
+    assert int(aligned._tiles(words, 64, 1).abs().sum()) == 0
     with torch.inference_mode():
         fresh = _ops.pack(torch.ones(32, 64, dtype=torch.bool), "cpu")
-        kept = cpu._tiles(fresh, 64, 1)
+        kept = aligned._tiles(fresh, 64, 1)
         fresh.zero_()
-        assert int(cpu._tiles(fresh, 64, 1).abs().sum()) == 0
+        assert int(aligned._tiles(fresh, 64, 1).abs().sum()) == 0
         assert int(kept.abs().sum()) > 0
-    count = len(cpu._tiles_of)
+    count = len(aligned._tiles_of)
     del words
     gc.collect()
-    assert len(cpu._tiles_of) == count - 1
+    assert len(aligned._tiles_of) == count - 1

@@ -1,5 +1,5 @@
 // The CPU kernels as torch operators `masked_kernels_cpu::*`, on torch's stable ABI. Arguments are
-// contiguous; backends/cpu.py sees to it. The checks here guard memory, not users.
+// contiguous; backends/cpu sees to it. The checks here guard memory, not users.
 #include "masked_kernels/kernels.h"
 
 #include <torch/csrc/stable/library.h>

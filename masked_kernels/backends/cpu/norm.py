@@ -1,29 +1,27 @@
-"""GELU and BatchNorm in one on ``csrc/cpu/gelu_batch_norm.cpp``; part of ``cpu.py``.
+"""GELU and BatchNorm in one.
 
 The kernels read float32 pixels of adjacent channels; other layouts are copied in and out.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from ._layout import conv_memory_format
+from .._layout import conv_memory_format
+from ._native import native
 
 
 def gelu_stats(x: Tensor) -> Tensor:
-    stats: Tensor = _native().gelu_stats(_pixels(x))
+    stats: Tensor = native().gelu_stats(_pixels(x))
     return stats
 
 
 def gelu_batch_norm(
     x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    return _image(_native().gelu_batch_norm(_pixels(x), stats.contiguous(), weight, bias, eps), x)
+    return _image(native().gelu_batch_norm(_pixels(x), stats.contiguous(), weight, bias, eps), x)
 
 
 def gelu_batch_norm_grad_affine(grad_y: Tensor, x: Tensor, stats: Tensor, eps: float) -> Tensor:
-    grads: Tensor = _native().gelu_batch_norm_grad_affine(
+    grads: Tensor = native().gelu_batch_norm_grad_affine(
         _pixels(grad_y), _pixels(x), stats.contiguous(), eps
     )
     return grads
@@ -37,14 +35,10 @@ def gelu_batch_norm_grad_x(
     grad_affine: Tensor | None,
     eps: float,
 ) -> Tensor:
-    grad = _native().gelu_batch_norm_grad_x(
+    grad = native().gelu_batch_norm_grad_x(
         _pixels(grad_y), _pixels(x), stats.contiguous(), weight, grad_affine, eps
     )
     return _image(grad, x)
-
-
-def _native() -> Any:
-    return torch.ops.masked_kernels_cpu
 
 
 def _pixels(image: Tensor) -> Tensor:

@@ -1,0 +1,60 @@
+"""``aligned_linear``: prototypes whose period fits the rows, multiplied by their bits alone."""
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ._native import as_float, native, optional_float
+from .bits import transpose
+from .plan import row_patterns
+
+
+def aligned_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    patterns = row_patterns(x.shape[1], values.numel()) or 1
+    y: Tensor = native().aligned_linear(
+        as_float(x),
+        as_float(values),
+        _tiles(words, x.shape[1], patterns),
+        words.shape[0],
+        optional_float(bias),
+        optional_float(scale),
+    )
+    return y.to(x.dtype)
+
+
+def aligned_linear_grad_x(
+    grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, cols: int
+) -> Tensor:
+    """For each row pattern: the binary product with its transposed bits, times its values."""
+    patterns = row_patterns(cols, values.numel()) or 1
+    row_values = as_float(values).repeat(max(cols // values.numel(), 1)).view(patterns, cols)
+    one = row_values.new_ones(1)
+    grad_x = None
+    for pattern in range(patterns):
+        bits = transpose(words[pattern::patterns], cols)
+        tiles = native().aligned_tiles(bits, words[pattern::patterns].shape[0], 1)
+        grad_tokens = as_float(grad_y[:, pattern::patterns])
+        part = native().aligned_linear(grad_tokens, one, tiles, cols, None, optional_float(scale))
+        part *= row_values[pattern]
+        grad_x = part if grad_x is None else grad_x.add_(part)
+    assert isinstance(grad_x, Tensor)
+    return grad_x.to(grad_y.dtype)
+
+
+_tiles_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""The tiles of masks in use, dropped with the mask's words: re-laying costs a batch-1 product."""
+
+
+def _tiles(words: Tensor, cols: int, patterns: int) -> Tensor:
+    """The words as ``aligned_linear`` reads them."""
+    tiles: Tensor
+    if words.is_inference():  # has no version, so a change would go unseen
+        tiles = native().aligned_tiles(words.contiguous(), cols, patterns)
+        return tiles
+    key = (words._version, cols, patterns)
+    known, tiles = _tiles_of.get(words, (None, words))
+    if known != key:
+        tiles = native().aligned_tiles(words.contiguous(), cols, patterns)
+        _tiles_of[words] = key, tiles
+    return tiles

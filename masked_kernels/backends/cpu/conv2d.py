@@ -1,0 +1,165 @@
+"""Masked convolutions, forward and backward."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from .._layout import conv_memory_format
+from ._native import native, scaled_
+from .bits import decode
+from .grad import apply_scores, masked_
+from .linear import masked_linear, masked_linear_grad_x
+
+_DEPTHWISE_KERNELS = (3, 5, 7, 9)  # that depthwise_grad serves
+
+
+def masked_conv2d(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    memory_format = conv_memory_format(x)
+    if _is_pointwise(x, kernel_size, stride, padding, groups):
+        y = masked_linear(_as_tokens(x), values, words, bias, scale)
+        return _as_image(y, x).contiguous(memory_format=torch.channels_last)
+    weight = _conv_weight(values, words, scale, x.shape[1] // groups, kernel_size)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return y.contiguous(memory_format=memory_format)
+
+
+def masked_conv2d_grad_x(
+    grad_y: Tensor,
+    values: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    x_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    if _is_pointwise(grad_y, kernel_size, stride, padding, groups):
+        grad_tokens = masked_linear_grad_x(_as_tokens(grad_y), values, words, scale, x_size[1])
+        return _as_image(grad_tokens, grad_y).contiguous(memory_format=torch.channels_last)
+    weight = _conv_weight(values, words, scale, x_size[1] // groups, kernel_size)
+    memory_format = conv_memory_format(grad_y)
+    # Only the size and layout of x matter; conv2d_input passes one of no layout, and is ten times
+    # slower on channels_last.
+    x = torch.empty(x_size, dtype=grad_y.dtype, memory_format=memory_format)
+    grad_x: Tensor = torch.ops.aten.convolution_backward(
+        grad_y,
+        x,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [True, False, False],
+    )[0]
+    return grad_x.contiguous(memory_format=memory_format)
+
+
+def masked_conv2d_grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    size = (grad_y.shape[1], x.shape[1] // groups, *kernel_size)
+    grad = _conv_grad_weight(grad_y, x, size, stride, padding, dilation, groups)
+    return masked_(scaled_(grad, scale), words)
+
+
+def scored_conv2d_grad_scores(
+    grad_y: Tensor,
+    x: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    scale: Tensor | None,
+    absolute: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    size = tuple(scores.shape)
+    grad = _conv_grad_weight(grad_y, x, size, stride, padding, dilation, groups)
+    return apply_scores(grad, values, scores, scale, absolute)
+
+
+def _is_pointwise(
+    x: Tensor, kernel_size: Sequence[int], stride: list[int], padding: list[int], groups: int
+) -> bool:
+    """Whether the convolution is a linear layer over the pixels of a channels_last image."""
+    return (
+        conv_memory_format(x) == torch.channels_last
+        and groups == 1
+        and list(kernel_size) == [1, 1]
+        and list(stride) == [1, 1]
+        and list(padding) == [0, 0]
+    )
+
+
+def _as_tokens(image: Tensor) -> Tensor:
+    """``[B, C, H, W]`` channels_last as ``[B * H * W, C]``."""
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _as_image(tokens: Tensor, like: Tensor) -> Tensor:
+    """``[B * H * W, C]`` as channels_last with the pixels of ``like``."""
+    batch, _, height, width = like.shape
+    return tokens.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _conv_weight(
+    values: Tensor, words: Tensor, scale: Tensor | None, channels: int, kernel_size: list[int]
+) -> Tensor:
+    kh, kw = kernel_size
+    weight = decode(values, words, channels * kh * kw)
+    return scaled_(weight, scale).view(-1, channels, kh, kw)
+
+
+def _conv_grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    size: tuple[int, ...],  # [N, C / groups, kh, kw]
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of the effective weight, contiguous."""
+    if _is_pointwise(x, size[2:], stride, padding, groups):
+        return (_as_tokens(grad_y).t() @ _as_tokens(x)).view(size)
+    if (
+        conv_memory_format(x) == torch.channels_last
+        and x.dtype == torch.float32
+        and groups == x.shape[1] == size[0]
+        and size[2] == size[3]
+        and size[2] in _DEPTHWISE_KERNELS
+        and list(stride) == list(dilation) == [1, 1]
+    ):
+        pixels = (t.permute(0, 2, 3, 1).contiguous() for t in (grad_y, x))
+        grad: Tensor = native().depthwise_grad(*pixels, size[2], *padding)
+        return grad.view(size)
+    grad = conv2d_weight(x, size, grad_y, stride, padding, dilation, groups)
+    return grad.contiguous()

@@ -27,7 +27,10 @@ def _define(name: str, arguments: str, fake: Callable[..., Any]) -> Any:
     NAMES.append(name)
 
     def run(*args: Any) -> Any:
-        return select(name, args[-1], *args[:-1])(*args[:-1])
+        # A view of a tensor made here must not keep that one alive for autograd: the engine adds
+        # gradients in place only where nothing else holds their storage.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return select(name, args[-1], *args[:-1])(*args[:-1])
 
     _library.define(
         f"{name}({arguments}, str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
@@ -159,7 +162,7 @@ scored_conv2d_grad_scores = _define(
 gelu_stats = _define("gelu_stats", "Tensor x", lambda x, _: x.new_empty((2, x.shape[1])))
 gelu_batch_norm = _define(
     "gelu_batch_norm",
-    "Tensor x, Tensor stats, Tensor? weight, Tensor? bias, float eps",
+    "Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps",
     lambda x, *_: _fake_image(x),
 )
 gelu_batch_norm_grad_affine = _define(

@@ -202,9 +202,10 @@ def gelu_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``F.batch_norm(F.gelu(x), ...)``, which keeps x alone for the backward.
+    """``F.batch_norm(F.gelu(x), ...) + residual``, which keeps x alone for the backward.
 
     Args:
         x: ``[B, C, H, W]``; channels_last stays channels_last.
@@ -212,11 +213,12 @@ def gelu_batch_norm(
             is normalised by. None only when training.
         weight, bias: ``[C]``, dtype of x, or None for 1 and 0.
         training, momentum, eps: as in ``F.batch_norm``.
+        residual: ``[B, C, H, W]``, dtype of x, or None for 0.
         backend: as in ``masked_linear``.
 
     Returns:
-        ``[B, C, H, W]``. Differentiable once in x, weight and bias. Raises ``ValueError`` when
-        training with fewer than 2 values per channel.
+        ``[B, C, H, W]``. Differentiable once in x, weight, bias and residual. Raises ``ValueError``
+        when training with fewer than 2 values per channel.
     """
     check_float("x", x)
     if x.dim() != 4:
@@ -232,6 +234,10 @@ def gelu_batch_norm(
             check_type(name, vector, Tensor)
             check_shape(name, vector, x.shape[1:2])
             check_like(name, vector, "x", x)
+    if residual is not None:
+        check_type("residual", residual, Tensor)
+        check_shape("residual", residual, x.shape)
+        check_like("residual", residual, "x", x)
     backend = backend or AUTO
     if training:
         stats = _batch_stats(x.detach(), running_mean, running_var, momentum, backend)
@@ -240,12 +246,12 @@ def gelu_batch_norm(
     else:
         stats = torch.stack([running_mean, running_var])
     y: Tensor
-    if _wants_grad(x, weight, bias):
+    if _wants_grad(x, weight, bias, residual):
         y = GeluBatchNorm.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, stats, training, eps, backend
+            x, weight, bias, stats, residual, training, eps, backend
         )
     else:
-        y = _ops.gelu_batch_norm(x, stats, weight, bias, eps, backend)
+        y = _ops.gelu_batch_norm(x, stats, weight, bias, residual, eps, backend)
     return y
 
 

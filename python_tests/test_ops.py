@@ -75,8 +75,8 @@ def samples() -> dict[str, list[tuple[object, ...]]]:
         ],
         "gelu_stats": [(image,), (last,)],
         "gelu_batch_norm": [
-            (image, stats, stats[0], stats[1], 1e-5),
-            (last, stats, None, None, 0.1),
+            (image, stats, stats[0], stats[1], None, 1e-5),
+            (last, stats, None, None, image, 0.1),
         ],
         "gelu_batch_norm_grad_affine": [
             (image.neg(), image, stats, 1e-5),

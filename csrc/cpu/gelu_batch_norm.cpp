@@ -21,6 +21,12 @@ Factors factors(int64_t channels) {
   return Factors(channels + kMaxLanes);
 }
 
+Factors means(const GeluBatchNorm& p) {
+  Factors mean = factors(p.channels);
+  std::copy_n(p.mean, p.channels, mean.begin());
+  return mean;
+}
+
 // Sums over all pixels, for channels [begin, end): with d = GELU(x) - shift, of d and d², or of
 // d * grad_y and grad_y.
 template <bool kOfGrad>
@@ -56,11 +62,14 @@ struct Sums {
   }
 };
 
-// y = GELU(x) * scale + shift
+// y = (GELU(x) - mean) * scale + shift + residual. The difference comes first: of values far from 0
+// and near one another it is exact.
 struct Normalise {
   const float* x;
+  const float* residual; // or null
   int64_t channels;
-  const float* scale; // of factors(), as shift
+  const float* mean; // of factors(), as scale and shift
+  const float* scale;
   const float* shift;
   float* y;
 
@@ -70,20 +79,24 @@ struct Normalise {
       for (int64_t c = 0; c < channels; c += kLanes) {
         const int64_t lanes = channels - c, at = pixel * channels + c;
         const Floats<kLanes> in = load<kLanes>(x + at, lanes);
-        const Floats<kLanes> g = in * Normal<kLanes>(in).cdf;
-        store<kLanes>(y + at, g * load<kLanes>(scale + c) + load<kLanes>(shift + c), lanes);
+        const Floats<kLanes> d = in * Normal<kLanes>(in).cdf - load<kLanes>(mean + c);
+        Floats<kLanes> out = d * load<kLanes>(scale + c) + load<kLanes>(shift + c);
+        if (residual)
+          out += load<kLanes>(residual + at, lanes);
+        store<kLanes>(y + at, out, lanes);
       }
   }
 };
 
-// grad_x = (grad_y * scale + GELU(x) * slope + shift) * GELU'(x)
+// grad_x = (grad_y - shift - (GELU(x) - mean) * slope) * scale * GELU'(x)
 struct GradX {
   const float* x;
   const float* grad_y;
   int64_t channels;
-  const float* scale; // of factors(), as slope and shift
+  const float* mean; // of factors(), as slope, shift and scale
   const float* slope;
   const float* shift;
+  const float* scale;
   float* grad_x;
 
   template <int kLanes>
@@ -94,11 +107,11 @@ struct GradX {
         const int64_t lanes = channels - c, at = pixel * channels + c;
         const Floats<kLanes> in = load<kLanes>(x + at, lanes);
         const Normal<kLanes> normal(in);
-        const Floats<kLanes> grad_g = load<kLanes>(grad_y + at, lanes) * load<kLanes>(scale + c) +
-                                      in * normal.cdf * load<kLanes>(slope + c) +
-                                      load<kLanes>(shift + c);
+        const Floats<kLanes> d = in * normal.cdf - load<kLanes>(mean + c);
+        const Floats<kLanes> grad = load<kLanes>(grad_y + at, lanes) - load<kLanes>(shift + c) -
+                                    d * load<kLanes>(slope + c);
         const Floats<kLanes> slope_of_gelu = normal.cdf + in * kDensity * normal.bell;
-        store<kLanes>(grad_x + at, grad_g * slope_of_gelu, lanes);
+        store<kLanes>(grad_x + at, grad * load<kLanes>(scale + c) * slope_of_gelu, lanes);
       }
   }
 };
@@ -175,22 +188,22 @@ void gelu_stats(
   }
 }
 
-void gelu_batch_norm(const GeluBatchNorm& p, float* y, const Exec& exec) {
-  Factors scale = factors(p.channels), shift = factors(p.channels);
+void gelu_batch_norm(const GeluBatchNorm& p, const float* residual, float* y, const Exec& exec) {
+  Factors mean = means(p), scale = factors(p.channels), shift = factors(p.channels);
   for (int64_t c = 0; c < p.channels; ++c) {
-    const double slope = weight(p, c) * inverse_deviation(p, c);
-    scale[c] = static_cast<float>(slope);
-    shift[c] = static_cast<float>((p.bias ? p.bias[c] : 0) - slope * p.mean[c]);
+    scale[c] = static_cast<float>(weight(p, c) * inverse_deviation(p, c));
+    shift[c] = p.bias ? p.bias[c] : 0;
   }
-  run_pixels(Normalise{p.x, p.channels, scale.data(), shift.data(), y}, p.pixels, exec);
+  run_pixels(
+      Normalise{p.x, residual, p.channels, mean.data(), scale.data(), shift.data(), y}, p.pixels,
+      exec);
 }
 
 void gelu_batch_norm_grad_affine(const GeluBatchNorm& p, const float* grad_y, float* grad_weight,
     float* grad_bias, const Exec& exec) {
-  Factors shift = factors(p.channels);
-  std::copy_n(p.mean, p.channels, shift.begin());
+  Factors mean = means(p);
   std::vector<double> products(p.channels), sum(p.channels);
-  run_sums(Sums<true>{p.x, grad_y, p.pixels, p.channels, shift.data(), products.data(), sum.data()},
+  run_sums(Sums<true>{p.x, grad_y, p.pixels, p.channels, mean.data(), products.data(), sum.data()},
       exec);
   for (int64_t c = 0; c < p.channels; ++c) {
     grad_weight[c] = static_cast<float>(products[c] * inverse_deviation(p, c));
@@ -200,17 +213,18 @@ void gelu_batch_norm_grad_affine(const GeluBatchNorm& p, const float* grad_y, fl
 
 void gelu_batch_norm_grad_x(const GeluBatchNorm& p, const float* grad_y, const float* grad_weight,
     const float* grad_bias, float* grad_x, const Exec& exec) {
-  Factors scale = factors(p.channels), slope = factors(p.channels), shift = factors(p.channels);
+  Factors mean = means(p), slope = factors(p.channels), shift = factors(p.channels);
+  Factors scale = factors(p.channels);
   for (int64_t c = 0; c < p.channels; ++c) {
-    const double inverse = inverse_deviation(p, c), factor = weight(p, c) * inverse;
-    scale[c] = static_cast<float>(factor);
+    const double inverse = inverse_deviation(p, c);
+    scale[c] = static_cast<float>(weight(p, c) * inverse);
     if (grad_weight == nullptr)
       continue;
-    const double by_g = -factor * inverse * grad_weight[c] / p.pixels;
-    slope[c] = static_cast<float>(by_g);
-    shift[c] = static_cast<float>(-factor * grad_bias[c] / p.pixels - by_g * p.mean[c]);
+    slope[c] = static_cast<float>(inverse * grad_weight[c] / p.pixels);
+    shift[c] = grad_bias[c] / p.pixels;
   }
-  run_pixels(GradX{p.x, grad_y, p.channels, scale.data(), slope.data(), shift.data(), grad_x},
+  run_pixels(GradX{p.x, grad_y, p.channels, mean.data(), slope.data(), shift.data(), scale.data(),
+                 grad_x},
       p.pixels, exec);
 }
 

@@ -29,7 +29,7 @@ void test_gelu(const Exec& exec) {
   const float zero = 0, one = 1;
   const GeluBatchNorm p{x.data(), pixels, 1, &zero, &one, nullptr, nullptr, 0.0f};
   std::vector<float> y(pixels, NAN), slope(pixels, NAN), ones(pixels, 1.0f);
-  gelu_batch_norm(p, y.data(), exec);
+  gelu_batch_norm(p, nullptr, y.data(), exec);
   gelu_batch_norm_grad_x(p, ones.data(), nullptr, nullptr, slope.data(), exec);
   for (int64_t i = 0; i < pixels; ++i) {
     const double bound = 1.2e-7 * (1 + std::abs(x[i]));
@@ -44,6 +44,7 @@ void test_norm(const Exec& exec, int64_t pixels, int64_t channels, float offset,
   for (float& value : x)
     value += offset;
   const std::vector<float> grad_y = random.floats(pixels * channels);
+  const std::vector<float> residual = random.floats(pixels * channels);
   const std::vector<float> weight = random.floats(channels), bias = random.floats(channels);
   std::vector<float> mean(channels, NAN), var(channels, NAN), y(x.size(), NAN);
   std::vector<float> grad_weight(channels, NAN), grad_bias(channels, NAN), grad_x(x.size(), NAN);
@@ -52,7 +53,7 @@ void test_norm(const Exec& exec, int64_t pixels, int64_t channels, float offset,
   gelu_stats(x.data(), pixels, channels, mean.data(), var.data(), exec);
   const GeluBatchNorm p{
       x.data(), pixels, channels, mean.data(), var.data(), weight.data(), bias.data(), eps};
-  gelu_batch_norm(p, y.data(), exec);
+  gelu_batch_norm(p, residual.data(), y.data(), exec);
   gelu_batch_norm_grad_affine(p, grad_y.data(), grad_weight.data(), grad_bias.data(), exec);
   gelu_batch_norm_grad_x(
       p, grad_y.data(), grad_weight.data(), grad_bias.data(), grad_x.data(), exec);
@@ -79,7 +80,7 @@ void test_norm(const Exec& exec, int64_t pixels, int64_t channels, float offset,
     check("grad bias", grad_bias[c], gb, 1e-6 * pixels);
     for (int64_t i = c; i < pixels * channels; i += channels) {
       const double scale = 1 + std::abs(weight[c]) * inverse;
-      check("y", y[i], weight[c] * normalised(i) + bias[c], 4e-6 * scale);
+      check("y", y[i], weight[c] * normalised(i) + bias[c] + residual[i], 4e-6 * scale);
       const double grad = weight[c] * inverse *
                           (grad_y[i] - gb / pixels - normalised(i) * gw / pixels) *
                           gelu_slope(x[i]);

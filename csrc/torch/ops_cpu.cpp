@@ -11,6 +11,10 @@
 #include <stdexcept>
 #include <tuple>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace masked_kernels {
 namespace {
 
@@ -67,13 +71,45 @@ uint32_t* new_words(Tensor& out) {
   return static_cast<uint32_t*>(out.mutable_data_ptr());
 }
 
+// Asks for large pages under a large result, for a training step touches most of its memory for the
+// first time, and the faults of small pages take as long as the kernels.
+Tensor with_large_pages(Tensor t) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 1 << 21;
+  const auto data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t begin = (data + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (data + t.numel() * t.element_size()) & ~(kPage - 1);
+  if (begin < end) // only advice: nothing depends on whether it is taken
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
 Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
-  return torch::stable::empty(size, dtype);
+  return with_large_pages(torch::stable::empty(size, dtype));
+}
+
+Tensor image_like(const Tensor& t) {
+  return with_large_pages(torch::stable::empty_like(t));
 }
 
 const float* floats_of(const char* what, const Tensor& t, int64_t count) {
   check_dense(what, t, ScalarType::Float);
   check(t.numel() == count, what, ": ", t.numel(), " elements, expected ", count);
+  return t.const_data_ptr<float>();
+}
+
+// The pixels [B * H * W, C] of a channels_last image [B, C, H, W] of the size of `like`.
+const float* pixels_of(const char* what, const Tensor& t, const Tensor& like) {
+  check(t.is_cpu() && t.scalar_type() == ScalarType::Float, what, ": not a float CPU tensor");
+  check(t.dim() == 4, what, ": ", t.dim(), " dimensions, expected 4");
+  int64_t stride = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    check(t.size(dim) == like.size(dim), what, ": size of another image");
+    check(t.size(dim) <= 1 || t.numel() == 0 || t.stride(dim) == stride, what,
+        ": not channels_last");
+    stride *= t.size(dim);
+  }
   return t.const_data_ptr<float>();
 }
 
@@ -250,31 +286,32 @@ Tensor depthwise_grad_op(
   return grad_weight;
 }
 
-// x [pixels, C]; stats [2, C] are mean and biased variance
+// x [B, C, H, W] channels_last; stats [2, C] are mean and biased variance
 GeluBatchNorm norm_of(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
     const OptionalTensor& bias, double eps) {
-  const Shape shape = matrix("x", x);
-  const float* mean = floats_of("stats", stats, 2 * shape.cols);
-  return {floats_of("x", x, shape.elements()), shape.rows, shape.cols, mean, mean + shape.cols,
-      weight ? floats_of("weight", *weight, shape.cols) : nullptr,
-      bias ? floats_of("bias", *bias, shape.cols) : nullptr, static_cast<float>(eps)};
+  const int64_t channels = x.dim() == 4 ? x.size(1) : 0;
+  const float* mean = floats_of("stats", stats, 2 * channels);
+  return {pixels_of("x", x, x), x.numel() / std::max<int64_t>(channels, 1), channels, mean,
+      mean + channels, weight ? floats_of("weight", *weight, channels) : nullptr,
+      bias ? floats_of("bias", *bias, channels) : nullptr, static_cast<float>(eps)};
 }
 
 Tensor gelu_stats_op(const Tensor& x) {
-  const Shape shape = matrix("x", x);
-  check(shape.rows >= 1, "x: no pixels");
-  Tensor stats = empty({2, shape.cols}, ScalarType::Float);
+  const float* pixels = pixels_of("x", x, x);
+  check(x.numel() > 0, "x: no pixels");
+  const int64_t channels = x.size(1);
+  Tensor stats = empty({2, channels}, ScalarType::Float);
   float* mean = stats.mutable_data_ptr<float>();
-  gelu_stats(
-      floats_of("x", x, shape.elements()), shape.rows, shape.cols, mean, mean + shape.cols, exec());
+  gelu_stats(pixels, x.numel() / channels, channels, mean, mean + channels, exec());
   return stats;
 }
 
 Tensor gelu_batch_norm_op(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
-    const OptionalTensor& bias, double eps) {
+    const OptionalTensor& bias, const OptionalTensor& residual, double eps) {
   const GeluBatchNorm params = norm_of(x, stats, weight, bias, eps);
-  Tensor y = empty({params.pixels, params.channels}, ScalarType::Float);
-  gelu_batch_norm(params, y.mutable_data_ptr<float>(), exec());
+  Tensor y = image_like(x);
+  gelu_batch_norm(params, residual ? pixels_of("residual", *residual, x) : nullptr,
+      y.mutable_data_ptr<float>(), exec());
   return y;
 }
 
@@ -284,7 +321,7 @@ Tensor gelu_batch_norm_grad_affine_op(
   const GeluBatchNorm params = norm_of(x, stats, std::nullopt, std::nullopt, eps);
   Tensor grad = empty({2, params.channels}, ScalarType::Float);
   float* grad_weight = grad.mutable_data_ptr<float>();
-  gelu_batch_norm_grad_affine(params, floats_of("grad_y", grad_y, x.numel()), grad_weight,
+  gelu_batch_norm_grad_affine(params, pixels_of("grad_y", grad_y, x), grad_weight,
       grad_weight + params.channels, exec());
   return grad;
 }
@@ -294,8 +331,8 @@ Tensor gelu_batch_norm_grad_x_op(const Tensor& grad_y, const Tensor& x, const Te
   const GeluBatchNorm params = norm_of(x, stats, weight, std::nullopt, eps);
   const float* grad_weight =
       grad_affine ? floats_of("grad_affine", *grad_affine, 2 * params.channels) : nullptr;
-  Tensor grad_x = empty({params.pixels, params.channels}, ScalarType::Float);
-  gelu_batch_norm_grad_x(params, floats_of("grad_y", grad_y, x.numel()), grad_weight,
+  Tensor grad_x = image_like(x);
+  gelu_batch_norm_grad_x(params, pixels_of("grad_y", grad_y, x), grad_weight,
       grad_weight ? grad_weight + params.channels : nullptr, grad_x.mutable_data_ptr<float>(),
       exec());
   return grad_x;
@@ -324,8 +361,8 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
         "Tensor? scale) -> Tensor");
   m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
   m.def("gelu_stats(Tensor x) -> Tensor");
-  m.def("gelu_batch_norm(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, float eps) -> "
-        "Tensor");
+  m.def("gelu_batch_norm(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, "
+        "float eps) -> Tensor");
   m.def("gelu_batch_norm_grad_affine(Tensor grad_y, Tensor x, Tensor stats, float eps) -> Tensor");
   m.def("gelu_batch_norm_grad_x(Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, "
         "Tensor? grad_affine, float eps) -> Tensor");

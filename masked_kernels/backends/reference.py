@@ -166,13 +166,20 @@ def gelu_stats(x: Tensor) -> Tensor:
 
 
 def gelu_batch_norm(
-    x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
 ) -> Tensor:
     y = _normalised(x, stats, eps)
     if weight is not None:
         y = y * _per_channel(weight, x)
     if bias is not None:
         y = y + _per_channel(bias, x)
+    if residual is not None:
+        y = y + residual
     return y.contiguous(memory_format=conv_memory_format(x))
 
 

@@ -52,7 +52,7 @@ class ConvMixerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, dim, H, W]`` to the same."""
-        y: Tensor = self.pointwise(x + self.depthwise(x))
+        y: Tensor = self.pointwise(self.depthwise(x, residual=x))
         return y
 
 

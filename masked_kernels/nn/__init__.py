@@ -1,9 +1,9 @@
 """Masked modules, packed modules, and conversion between them and plain torch modules."""
 
 from .convert import ConversionReport, mask_model_, materialize_, pack_model_
-from .fused import FusedSequential
 from .masked import MaskedConv2d, MaskedLinear
 from .packed import PackedConv2d, PackedLinear
+from .sequential import FusedSequential
 from .summary import Summary, summary
 
 __all__ = [

@@ -151,7 +151,8 @@ struct DepthwiseGrad {
 };
 void depthwise_grad(const DepthwiseGrad& params, const Exec& exec);
 
-// BatchNorm of g = GELU(x), x [pixels, channels]: y = weight * (g - mean) / sqrt(var + eps) + bias.
+// BatchNorm of g = GELU(x), x [pixels, channels]:
+// y = weight * (g - mean) / sqrt(var + eps) + bias + residual.
 struct GeluBatchNorm {
   const float* x;
   int64_t pixels, channels;
@@ -166,7 +167,9 @@ struct GeluBatchNorm {
 void gelu_stats(
     const float* x, int64_t pixels, int64_t channels, float* mean, float* var, const Exec& exec);
 
-void gelu_batch_norm(const GeluBatchNorm& params, float* y, const Exec& exec);
+// residual [pixels, channels], or null
+void gelu_batch_norm(
+    const GeluBatchNorm& params, const float* residual, float* y, const Exec& exec);
 
 // The gradients of weight and bias: sums over pixels of grad_y * (g - mean) / sqrt(var + eps) and
 // of grad_y.

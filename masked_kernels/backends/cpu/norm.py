@@ -1,8 +1,8 @@
-"""GELU and BatchNorm in one.
-
-The kernels read float32 pixels of adjacent channels; other layouts are copied in and out.
+"""GELU and BatchNorm in one, on float32 pixels of adjacent channels; other layouts are copied in
+and out.
 """
 
+import torch
 from torch import Tensor
 
 from .._layout import conv_memory_format
@@ -10,19 +10,32 @@ from ._native import native
 
 
 def gelu_stats(x: Tensor) -> Tensor:
-    stats: Tensor = native().gelu_stats(_pixels(x))
+    stats: Tensor = native().gelu_stats(_channels_last(x))
     return stats
 
 
 def gelu_batch_norm(
-    x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
 ) -> Tensor:
-    return _image(native().gelu_batch_norm(_pixels(x), stats.contiguous(), weight, bias, eps), x)
+    y = native().gelu_batch_norm(
+        _channels_last(x),
+        stats.contiguous(),
+        _contiguous(weight),
+        _contiguous(bias),
+        None if residual is None else _channels_last(residual),
+        eps,
+    )
+    return _in_layout_of(x, y)
 
 
 def gelu_batch_norm_grad_affine(grad_y: Tensor, x: Tensor, stats: Tensor, eps: float) -> Tensor:
     grads: Tensor = native().gelu_batch_norm_grad_affine(
-        _pixels(grad_y), _pixels(x), stats.contiguous(), eps
+        _channels_last(grad_y), _channels_last(x), stats.contiguous(), eps
     )
     return grads
 
@@ -35,18 +48,24 @@ def gelu_batch_norm_grad_x(
     grad_affine: Tensor | None,
     eps: float,
 ) -> Tensor:
-    grad = native().gelu_batch_norm_grad_x(
-        _pixels(grad_y), _pixels(x), stats.contiguous(), weight, grad_affine, eps
+    grad_x = native().gelu_batch_norm_grad_x(
+        _channels_last(grad_y),
+        _channels_last(x),
+        stats.contiguous(),
+        _contiguous(weight),
+        _contiguous(grad_affine),
+        eps,
     )
-    return _image(grad, x)
+    return _in_layout_of(x, grad_x)
 
 
-def _pixels(image: Tensor) -> Tensor:
-    """``[B, C, H, W]`` as contiguous ``[B * H * W, C]``."""
-    return image.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+def _channels_last(image: Tensor) -> Tensor:
+    return image.contiguous(memory_format=torch.channels_last)
 
 
-def _image(pixels: Tensor, like: Tensor) -> Tensor:
-    batch, channels, height, width = like.shape
-    image = pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)
-    return image.contiguous(memory_format=conv_memory_format(like))
+def _in_layout_of(x: Tensor, image: Tensor) -> Tensor:
+    return image.contiguous(memory_format=conv_memory_format(x))
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()

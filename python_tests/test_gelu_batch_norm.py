@@ -1,6 +1,7 @@
 """gelu_batch_norm and FusedSequential against BatchNorm2d(GELU(x)) of torch."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,12 +17,12 @@ EPS = 1e-5
 
 
 def plain(
-    x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, training: bool, dtype: torch.dtype
+    leaves: Sequence[Tensor], stats: Tensor, training: bool, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """y, the running statistics afterwards, and the gradients of x, weight and bias."""
-    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+    """y, the running statistics afterwards, and the gradients of x, weight, bias and residual."""
+    x, weight, bias, residual = leaves = [t.detach().to(dtype).requires_grad_() for t in leaves]
     mean, var = stats.to(dtype).clone()
-    y = F.batch_norm(F.gelu(leaves[0]), mean, var, *leaves[1:], training, 0.3, EPS)
+    y = F.batch_norm(F.gelu(x), mean, var, weight, bias, training, 0.3, EPS) + residual
     return y.detach(), mean, var, *torch.autograd.grad(y, leaves, grad_of(x).to(dtype))
 
 
@@ -41,14 +42,18 @@ def test_gelu_batch_norm(
     x = (2 * torch.randn(size)).contiguous(memory_format=memory_format).requires_grad_()
     weight, bias = torch.randn(2, channels).unbind()
     stats = torch.stack([torch.randn(channels), torch.rand(channels) + 0.5])
-    leaves = (x, weight.requires_grad_(), bias.requires_grad_())
+    residual = torch.randn_like(x)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
     mean, var = stats.clone()
-    y = mk.gelu_batch_norm(x, mean, var, weight, bias, training, 0.3, EPS, backend=backend)
+    y = mk.gelu_batch_norm(
+        x, mean, var, weight, bias, training, 0.3, EPS, residual=residual, backend=backend
+    )
     got = (y.detach(), mean, var, *torch.autograd.grad(y, leaves, grad_of(x)))
     expected, truth = (
-        plain(x, stats, weight, bias, training, dtype) for dtype in (torch.float32, torch.float64)
+        plain(leaves, stats, training, dtype) for dtype in (torch.float32, torch.float64)
     )
-    names = ("y", "running mean", "running var", "grad x", "grad weight", "grad bias")
+    grads = ("grad x", "grad weight", "grad bias", "grad residual")
+    names = ("y", "running mean", "running var", *grads)
     for name, *tensors in zip(names, got, expected, truth, strict=True):
         assert_within(name, *tensors)
     if min(size) > 1:
@@ -79,13 +84,14 @@ def test_statistics_of_values_far_from_zero(backend: str) -> None:
 def test_gradcheck(training: bool) -> None:
     x = torch.randn(2, 3, 3, 2, dtype=torch.float64, requires_grad=True)
     weight, bias = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    residual = torch.randn_like(x, requires_grad=True)
     stats = torch.randn(3).double(), torch.rand(3).double() + 0.5
 
     def run(*leaves: Tensor) -> Tensor:
         mean, var = (t.clone() for t in stats)
-        return mk.gelu_batch_norm(leaves[0], mean, var, *leaves[1:], training)
+        return mk.gelu_batch_norm(leaves[0], mean, var, *leaves[1:3], training, residual=leaves[3])
 
-    assert torch.autograd.gradcheck(run, (x, weight, bias))
+    assert torch.autograd.gradcheck(run, (x, weight, bias, residual))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +101,7 @@ def test_gradcheck(training: bool) -> None:
         (lambda x, s: mk.gelu_batch_norm(x, s[:2], s), ValueError, "running_mean: got"),
         (lambda x, s: mk.gelu_batch_norm(x, s, s.double()), TypeError, "running_var: got"),
         (lambda x, s: mk.gelu_batch_norm(x, s, s, 1.0), TypeError, "weight: got float"),
+        (lambda x, s: mk.gelu_batch_norm(x, s, s, residual=s), ValueError, "residual: got"),
         (lambda x, s: mk.gelu_batch_norm(x, None, None), ValueError, "running_mean, run"),
         (
             lambda x, s: mk.gelu_batch_norm(x[:1, :, :1, :1], s, s, training=True),
@@ -129,11 +136,45 @@ def test_fused_sequential_is_sequential(affine: bool, track: bool, momentum: flo
         torch.testing.assert_close(fused.state_dict(), plain_model.state_dict())
 
 
+def test_the_residual_is_added_last() -> None:
+    x = torch.randn(3, 6, 4, 4).contiguous(memory_format=torch.channels_last)
+    for last in ([nn.BatchNorm2d(6)], [nn.BatchNorm2d(6), nn.ReLU()], []):
+        layers = [nn.GELU(), *last]
+        for residual in (x, x.double()):
+            got = mk.nn.FusedSequential(*layers)(x, residual=residual)
+            assert got.dtype == residual.dtype
+            expected = nn.Sequential(*layers)(x) + residual
+            torch.testing.assert_close(got.float(), expected.float())
+
+
+def test_hooks_of_the_layers_run() -> None:
+    x = torch.randn(3, 6, 4, 4).contiguous(memory_format=torch.channels_last)
+    for index in range(2):
+        model, seen = mk.nn.FusedSequential(nn.GELU(), nn.BatchNorm2d(6)), []
+        model[index].register_forward_hook(lambda module, args, y, seen=seen: seen.append(y))
+        model(x)
+        assert [tuple(y.shape) for y in seen] == [x.shape]
+
+
+def test_results_hold_their_storage_alone(backend: str) -> None:
+    """Not as views of another tensor; else autograd cannot add gradients in place."""
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    words = mk.PackedMask.from_bool(torch.ones(8, 8, dtype=torch.bool)).words
+    geometry = ([1, 1], [1, 1], [0, 0], [1, 1], 1)
+    ops = torch.ops.masked_kernels
+    for result in (
+        ops.gelu_batch_norm(x, torch.ones(2, 8), None, None, None, EPS, backend),
+        ops.masked_conv2d(x, torch.ones(8), words, None, None, *geometry, backend),
+    ):
+        assert result._base is None
+
+
 def test_fused_sequential_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     run = mk.gelu_batch_norm
     monkeypatch.setattr(
-        "masked_kernels.nn.fused.gelu_batch_norm", lambda *args: calls.append(1) or run(*args)
+        "masked_kernels.nn.sequential.gelu_batch_norm",
+        lambda *args, **kw: calls.append(1) or run(*args, **kw),
     )
     image = torch.randn(2, 5, 4, 4).contiguous(memory_format=torch.channels_last)
     cases = {

@@ -189,3 +189,8 @@ def test_fused_sequential_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.clear()
         torch.testing.assert_close(mk.nn.FusedSequential(*layers)(x), nn.Sequential(*layers)(x))
         assert bool(calls) == fuses, layers
+    calls.clear()
+    model = mk.nn.FusedSequential(nn.GELU(), nn.BatchNorm2d(5))
+    model.fuse = False
+    model(image)
+    assert not calls

@@ -15,14 +15,17 @@ class FusedSequential(nn.Sequential):
 
     Children, state and results are those of ``nn.Sequential``. Layers with hooks of their own are
     called one by one, and a compiled model is left to the compiler, which fuses them itself.
+    ``fuse = False`` calls all layers one by one.
     """
+
+    fuse: bool = True
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The last layer's output, plus ``residual`` of the same shape."""
         layers = list(self)
         while layers:
             layer = layers.pop(0)
-            if layers and _fuses(layer, layers[0], input):
+            if layers and self.fuse and _fuses(layer, layers[0], input):
                 norm, added = layers.pop(0), None
                 if not layers and residual is not None and residual.dtype == input.dtype:
                     added, residual = residual, None

@@ -194,9 +194,8 @@ void gelu_batch_norm(const GeluBatchNorm& p, const float* residual, float* y, co
     scale[c] = static_cast<float>(weight(p, c) * inverse_deviation(p, c));
     shift[c] = p.bias ? p.bias[c] : 0;
   }
-  run_pixels(
-      Normalise{p.x, residual, p.channels, mean.data(), scale.data(), shift.data(), y}, p.pixels,
-      exec);
+  run_pixels(Normalise{p.x, residual, p.channels, mean.data(), scale.data(), shift.data(), y},
+      p.pixels, exec);
 }
 
 void gelu_batch_norm_grad_affine(const GeluBatchNorm& p, const float* grad_y, float* grad_weight,
@@ -223,8 +222,8 @@ void gelu_batch_norm_grad_x(const GeluBatchNorm& p, const float* grad_y, const f
     slope[c] = static_cast<float>(inverse * grad_weight[c] / p.pixels);
     shift[c] = grad_bias[c] / p.pixels;
   }
-  run_pixels(GradX{p.x, grad_y, p.channels, mean.data(), slope.data(), shift.data(), scale.data(),
-                 grad_x},
+  run_pixels(
+      GradX{p.x, grad_y, p.channels, mean.data(), slope.data(), shift.data(), scale.data(), grad_x},
       p.pixels, exec);
 }
 

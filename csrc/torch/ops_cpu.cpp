@@ -11,10 +11,6 @@
 #include <stdexcept>
 #include <tuple>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace masked_kernels {
 namespace {
 
@@ -71,26 +67,8 @@ uint32_t* new_words(Tensor& out) {
   return static_cast<uint32_t*>(out.mutable_data_ptr());
 }
 
-// Asks for large pages under a large result, for a training step touches most of its memory for the
-// first time, and the faults of small pages take as long as the kernels.
-Tensor with_large_pages(Tensor t) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 1 << 21;
-  const auto data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t begin = (data + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end = (data + t.numel() * t.element_size()) & ~(kPage - 1);
-  if (begin < end) // only advice: nothing depends on whether it is taken
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return t;
-}
-
 Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
-  return with_large_pages(torch::stable::empty(size, dtype));
-}
-
-Tensor image_like(const Tensor& t) {
-  return with_large_pages(torch::stable::empty_like(t));
+  return torch::stable::empty(size, dtype);
 }
 
 const float* floats_of(const char* what, const Tensor& t, int64_t count) {
@@ -106,8 +84,8 @@ const float* pixels_of(const char* what, const Tensor& t, const Tensor& like) {
   int64_t stride = 1;
   for (const int64_t dim : {1, 3, 2, 0}) {
     check(t.size(dim) == like.size(dim), what, ": size of another image");
-    check(t.size(dim) <= 1 || t.numel() == 0 || t.stride(dim) == stride, what,
-        ": not channels_last");
+    check(
+        t.size(dim) <= 1 || t.numel() == 0 || t.stride(dim) == stride, what, ": not channels_last");
     stride *= t.size(dim);
   }
   return t.const_data_ptr<float>();
@@ -309,7 +287,7 @@ Tensor gelu_stats_op(const Tensor& x) {
 Tensor gelu_batch_norm_op(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& residual, double eps) {
   const GeluBatchNorm params = norm_of(x, stats, weight, bias, eps);
-  Tensor y = image_like(x);
+  Tensor y = torch::stable::empty_like(x);
   gelu_batch_norm(params, residual ? pixels_of("residual", *residual, x) : nullptr,
       y.mutable_data_ptr<float>(), exec());
   return y;
@@ -321,8 +299,8 @@ Tensor gelu_batch_norm_grad_affine_op(
   const GeluBatchNorm params = norm_of(x, stats, std::nullopt, std::nullopt, eps);
   Tensor grad = empty({2, params.channels}, ScalarType::Float);
   float* grad_weight = grad.mutable_data_ptr<float>();
-  gelu_batch_norm_grad_affine(params, pixels_of("grad_y", grad_y, x), grad_weight,
-      grad_weight + params.channels, exec());
+  gelu_batch_norm_grad_affine(
+      params, pixels_of("grad_y", grad_y, x), grad_weight, grad_weight + params.channels, exec());
   return grad;
 }
 
@@ -331,7 +309,7 @@ Tensor gelu_batch_norm_grad_x_op(const Tensor& grad_y, const Tensor& x, const Te
   const GeluBatchNorm params = norm_of(x, stats, weight, std::nullopt, eps);
   const float* grad_weight =
       grad_affine ? floats_of("grad_affine", *grad_affine, 2 * params.channels) : nullptr;
-  Tensor grad_x = image_like(x);
+  Tensor grad_x = torch::stable::empty_like(x);
   gelu_batch_norm_grad_x(params, pixels_of("grad_y", grad_y, x), grad_weight,
       grad_weight ? grad_weight + params.channels : nullptr, grad_x.mutable_data_ptr<float>(),
       exec());

@@ -20,9 +20,7 @@ NAMES: list[str] = []
 
 
 def _define(name: str, arguments: str, fake: Callable[..., Any]) -> Any:
-    """Register ``masked_kernels::name(arguments, str backend) -> Tensor`` and return its default
-    overload.
-    """
+    """Register ``masked_kernels::name(arguments, str backend) -> Tensor``; return what calls it."""
 
     NAMES.append(name)
 
@@ -37,7 +35,33 @@ def _define(name: str, arguments: str, fake: Callable[..., Any]) -> Any:
     )
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"masked_kernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.masked_kernels, name).default
+    op = getattr(torch.ops.masked_kernels, name).default
+
+    def call(*args: Any) -> Any:
+        return run(*args) if _is_plain_call(args) else op(*args)
+
+    return call
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, list, type(None)))
+
+
+def _is_plain_call(args: tuple[Any, ...]) -> bool:
+    """Whether nobody needs to see an op: no compiler, mode, transform, subclass or gradient.
+
+    Then the backend is called at once. The dispatcher's way to a kernel in Python costs 10 µs, as
+    much as a small layer.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and _PLAIN.issuperset(map(type, args))
+        and not (
+            torch.is_grad_enabled()
+            and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        )
+    )
 
 
 def _fake_words(t: Tensor, *_: Any) -> Tensor:
@@ -136,6 +160,11 @@ scored_linear_grad_scores = _define(
     "scored_linear_grad_scores",
     "Tensor grad_y, Tensor x, Tensor values, Tensor scores, Tensor? scale, bool absolute",
     lambda g, x, v, scores, *_: scores.new_empty(scores.shape),
+)
+compact_linear = _define(
+    "compact_linear",
+    "Tensor x, Tensor kept, Tensor words, Tensor? bias, Tensor? scale",
+    lambda x, kept, w, *_: x.new_empty((x.shape[0], w.shape[0])),
 )
 masked_conv2d = _define(
     "masked_conv2d",

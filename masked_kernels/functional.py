@@ -101,6 +101,41 @@ def scored_linear(
     return _restore(y, x)
 
 
+def compact_linear(
+    x: Tensor,
+    kept: Tensor,
+    mask: PackedMask,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``masked_linear`` given only the kept values of a dense weight; inference only.
+
+    Args:
+        x: ``[..., K]``.
+        kept: the values whose bit is set, row by row, ``[mask.count()]``, dtype of x.
+        mask, bias, scale, backend: as in ``masked_linear``.
+
+    Returns:
+        ``[..., N]``. Raises ``RuntimeError`` where a gradient would be wanted.
+    """
+    x, values, bias = _autocast(x, kept, bias)
+    if values.dim() != 1:
+        raise ValueError(f"kept: got shape {tuple(values.shape)}, expected 1 dimension")
+    check_type("mask", mask, PackedMask)
+    _check_linear(x, values, "mask", mask.shape)
+    _check_operands(x, values, bias, mask.shape)
+    check_device("mask", mask.words, "x", x)
+    if _wants_grad(x, values, bias):
+        raise RuntimeError(
+            "compact_linear: got an input that requires grad, expected none: a compact weight "
+            "serves inference only; pack without compact=True, or use torch.no_grad()"
+        )
+    y = _ops.compact_linear(_tokens(x), values, mask.words, bias, _scale(scale, x), backend or AUTO)
+    return _restore(y, x)
+
+
 def masked_conv2d(
     x: Tensor,
     weight: Weight,
@@ -404,9 +439,11 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 
 def _tokens(x: Tensor) -> Tensor:
     """``[..., K]`` as ``[M, K]``."""
+    if x.dim() == 2:
+        return x
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 def _restore(y: Tensor, x: Tensor) -> Tensor:
     """``[M, N]`` back to the leading dimensions of x."""
-    return y.view(*x.shape[:-1], y.shape[1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])

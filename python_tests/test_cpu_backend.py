@@ -10,7 +10,7 @@ from masked_kernels import _ops, backends
 if reason := backends()["cpu"]:
     pytest.skip(f"backend 'cpu' is unavailable: {reason}", allow_module_level=True)
 
-from masked_kernels.backends.cpu import aligned
+from masked_kernels.backends.cpu import _relaid, aligned
 from masked_kernels.backends.cpu.plan import linear_plan, row_patterns
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -24,7 +24,9 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
         (8, 256, 256, 1024, F32, "avx512", "aligned"),
         (64, 256, 256, 1024, F32, "avx512", "panels"),  # fewer than 256 rows a pattern
         (8, 63, 256, 1024, F32, "avx512", "direct"),  # fewer than 16 rows a pattern
-        (1, 4096, 4096, 167_773, F32, "avx512", "direct"),
+        (1, 4096, 4096, 167_773, F32, "avx512", "phased"),
+        (1, 4096, 256, 10_001, F32, "avx512", "direct"),
+        (8, 4096, 4096, 167_773, F32, "avx512", "direct"),
         (4096, 4096, 4096, 167_773, F32, "avx512", "panels"),
         (1, 4096, 4096, 4096 * 4096, F32, "avx512", "direct"),
         (1, 4096, 4096, 4096, F32, "avx2", "direct"),
@@ -60,7 +62,7 @@ def test_tiles_follow_the_words() -> None:
         fresh.zero_()
         assert int(aligned._tiles(fresh, 64, 1).abs().sum()) == 0
         assert int(kept.abs().sum()) > 0
-    count = len(aligned._tiles_of)
+    count = len(_relaid._kept)
     del words
     gc.collect()
-    assert len(aligned._tiles_of) == count - 1
+    assert len(_relaid._kept) == count - 1

@@ -55,6 +55,7 @@ def samples() -> dict[str, list[tuple[object, ...]]]:
             (grad_y, x, prototype, scores, scale, True),
             (grad_y, x, dense, scores, None, False),
         ],
+        "compact_linear": [(x, dense[mask], words, bias, scale)],
         "masked_conv2d": [
             *(
                 (t, prototype, kernel_words, torch.randn(6), scale, [3, 3], *geometry)
@@ -100,7 +101,7 @@ def test_every_op_has_samples() -> None:
 @pytest.mark.parametrize("name", sorted(samples()))
 def test_opcheck(name: str, backend: str) -> None:
     for arguments in samples()[name]:
-        opcheck(getattr(_ops, name), (*arguments, backend), test_utils=CHECKS)
+        opcheck(getattr(torch.ops.masked_kernels, name).default, (*arguments, backend), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("name", sorted(samples()))

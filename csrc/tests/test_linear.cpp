@@ -1,4 +1,5 @@
-// masked_linear and aligned_linear against loops in double, and the order of its rows.
+// masked_linear, aligned_linear, phased_linear and compact_linear against loops in double, and the
+// order of its rows.
 #include "testing.h"
 
 #include "row_walk.h"
@@ -67,6 +68,62 @@ void test_aligned(
   p.check(y, exec);
 }
 
+void test_phased(
+    const Exec& exec, int64_t tokens, Shape shape, int64_t period, bool has_bias, Random& random) {
+  const Problem p(tokens, shape, period, has_bias, random);
+  const std::vector<PhasedRow> rows = phased_rows(shape, period);
+  const auto groups = static_cast<int64_t>(rows.size()) / PhasedLayout::kGroup;
+  std::vector<uint64_t> tiles(rows.size() * PhasedLayout::chunks(shape.cols));
+  phased_tiles(p.words.data(), shape, rows, tiles.data(), exec);
+  struct alignas(64) Line {
+    float value[16];
+  };
+  const int64_t padded = PhasedLayout::padded(period, shape.cols);
+  std::vector<Line> lines(ceil_div(padded, 16));
+  float* values = lines.front().value;
+  for (int64_t i = 0; i < padded; ++i)
+    values[i] = p.values[i % period];
+  std::vector<float> y(tokens * shape.rows, NAN);
+  phased_linear({p.x.data(), values, tiles.data(), rows.data(), groups, p.bias_or_null(), p.scale,
+                    tokens, shape.rows, shape.cols, y.data()},
+      exec);
+  p.check(y, exec);
+}
+
+void test_compact(const Exec& exec, int64_t tokens, Shape shape, bool has_bias, Random& random) {
+  const Problem p(tokens, shape, std::max<int64_t>(shape.elements(), 1), has_bias, random);
+  std::vector<float> kept; // no more memory than there are values
+  std::vector<int64_t> starts;
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    starts.push_back(kept.size());
+    for (int64_t col = 0; col < shape.cols; ++col)
+      if (bit(p.words, shape, row, col))
+        kept.push_back(p.values[row * shape.cols + col]);
+  }
+  kept.shrink_to_fit();
+  std::vector<float> y(tokens * shape.rows, NAN);
+  compact_linear({p.x.data(), kept.data(), starts.data(), p.words.data(), p.bias_or_null(), p.scale,
+                     tokens, shape.rows, shape.cols, y.data()},
+      exec);
+  p.check(y, exec);
+}
+
+void test_phased_rows(Shape shape, int64_t period) {
+  const std::vector<PhasedRow> rows = phased_rows(shape, period);
+  std::vector<int> seen(shape.rows);
+  CHECK(rows.size() % PhasedLayout::kGroup == 0, rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const PhasedRow& row = rows[i];
+    CHECK(row.phase() == rows[i / PhasedLayout::kGroup * PhasedLayout::kGroup].phase(), i, period);
+    if (row.row < 0)
+      continue;
+    CHECK(row.start == row.row * shape.cols % period, row.row, row.start, period);
+    ++seen.at(row.row);
+  }
+  for (int64_t row = 0; row < shape.rows; ++row)
+    CHECK(seen[row] == 1, shape.rows, shape.cols, period, row);
+}
+
 // A value whose bit is 0 counts for nothing, whatever it is.
 void test_masked_out_infinity(const Exec& exec) {
   const float x[2] = {1.0f, 2.0f}, values[2] = {INFINITY, 3.0f};
@@ -98,6 +155,10 @@ int main() {
         for (const int64_t end : {17, 18, 400})
           test_walk(begin, end, cols, period);
 
+  for (const int64_t period : {1, 16, 100, 4099})
+    for (const Shape shape : {Shape{0, 5}, Shape{1, 16}, Shape{130, 33}, Shape{600, 64}})
+      test_phased_rows(shape, period);
+
   for_each_exec([](const Exec& exec) {
     test_masked_out_infinity(exec);
     Random random;
@@ -107,7 +168,15 @@ int main() {
         for (const int64_t period : {int64_t{1}, int64_t{3}, cols / 2 + 1, cols, cols + 1,
                  2 * cols - 1, shape.elements(), shape.elements() + 9})
           test_linear(exec, tokens, shape, period, tokens % 2 == 0, random);
+      for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 13})
+        for (const int64_t period : {int64_t{1}, int64_t{3}, cols / 2 + 1, cols, cols + 1,
+                 2 * cols - 1, shape.elements(), shape.elements() + 9})
+          test_phased(exec, tokens, shape, period, tokens % 2 == 0, random);
     }
+    for (const int64_t cols : kCols)
+      for (const int64_t rows : {0, 1, 4, 13})
+        for (const int64_t tokens : {0, 1, 2, 3, 4, 5, 6, 7, 13})
+          test_compact(exec, tokens, {rows, cols}, tokens % 2 == 0, random);
     for (const int64_t cols : kCols)
       for (const int64_t rows : {1, 16, 37, 150})
         for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 40})
@@ -124,7 +193,12 @@ int main() {
     test_linear(exec, 7, {5, 5000}, 25'000, true, random);
     test_linear(exec, 1, {700, 300}, 2999, false, random);
     test_linear(exec, 300, {3, 130}, 77, true, random);
+    test_phased(exec, 2, {9, 13'001}, 4000, true, random);
+    test_phased(exec, 7, {5, 5000}, 25'000, true, random);
+    test_phased(exec, 1, {700, 300}, 2999, false, random);
+    test_phased(exec, 300, {3, 130}, 77, true, random);
     for (const Shape empty : {Shape{0, 5}, Shape{4, 0}, Shape{4, 5}})
-      test_linear(exec, empty.cols == 5 && empty.rows == 4 ? 0 : 3, empty, 7, true, random);
+      for (const auto test : {test_linear, test_phased})
+        test(exec, empty.cols == 5 && empty.rows == 4 ? 0 : 3, empty, 7, true, random);
   });
 }

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
@@ -236,6 +237,71 @@ Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& ti
   return y;
 }
 
+// (tiles [groups, chunks, 4], rows [groups, 4, 2])
+std::tuple<Tensor, Tensor> phased_tiles_op(const Tensor& words, int64_t cols, int64_t period) {
+  const uint32_t* bits = words_of(words, cols);
+  const Shape shape{words.size(0), cols};
+  check(period >= 1, "period: got ", period, ", expected at least 1");
+  const std::vector<PhasedRow> sorted = phased_rows(shape, period);
+  const int64_t groups = sorted.size() / PhasedLayout::kGroup;
+  Tensor tiles =
+      empty({groups, PhasedLayout::chunks(cols), PhasedLayout::kGroup}, ScalarType::Long);
+  Tensor rows = empty({groups, PhasedLayout::kGroup, 2}, ScalarType::Long);
+  phased_tiles(bits, shape, sorted, static_cast<uint64_t*>(tiles.mutable_data_ptr()), exec());
+  std::copy(sorted.begin(), sorted.end(), static_cast<PhasedRow*>(rows.mutable_data_ptr()));
+  return {tiles, rows};
+}
+
+// The prototype as phased_linear reads it for rows of `cols`.
+Tensor phased_values_op(const Tensor& values, int64_t cols) {
+  const int64_t period = values.numel();
+  const float* from = floats_of("values", values, period);
+  check(period >= 1, "values: empty");
+  Tensor padded = empty({PhasedLayout::padded(period, cols)}, ScalarType::Float);
+  float* to = padded.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < padded.numel(); i += period)
+    std::copy_n(from, std::min(period, padded.numel() - i), to + i);
+  return padded;
+}
+
+Tensor phased_linear_op(const Tensor& x, const Tensor& values, const Tensor& tiles,
+    const Tensor& rows, int64_t outputs, const OptionalTensor& bias, const OptionalTensor& scale) {
+  const Shape shape = matrix("x", x);
+  const float* input = floats_of("x", x, shape.elements());
+  check_dense("tiles", tiles, ScalarType::Long);
+  check_dense("rows", rows, ScalarType::Long);
+  const int64_t groups = tiles.size(0);
+  check(tiles.numel() == groups * PhasedLayout::chunks(shape.cols) * PhasedLayout::kGroup &&
+            rows.numel() == groups * PhasedLayout::kGroup * 2,
+      "tiles: not those of rows of ", shape.cols);
+  const float* weights = floats_of("values", values, values.numel());
+  check(reinterpret_cast<uintptr_t>(weights) % 64 == 0, "values: not on a cache line");
+  const float* added = bias ? floats_of("bias", *bias, outputs) : nullptr;
+  Tensor y = empty({shape.rows, outputs}, ScalarType::Float);
+  phased_linear({input, weights, static_cast<const uint64_t*>(tiles.const_data_ptr()),
+                    static_cast<const PhasedRow*>(rows.const_data_ptr()), groups, added,
+                    scale_of(scale), shape.rows, outputs, shape.cols, y.mutable_data_ptr<float>()},
+      exec());
+  return y;
+}
+
+Tensor compact_linear_op(const Tensor& x, const Tensor& kept, const Tensor& starts,
+    const Tensor& words, const OptionalTensor& bias, const OptionalTensor& scale) {
+  const Shape shape = matrix("x", x);
+  const float* input = floats_of("x", x, shape.elements());
+  const uint32_t* bits = words_of(words, shape.cols);
+  const int64_t rows = words.size(0);
+  check_dense("starts", starts, ScalarType::Long);
+  check(starts.numel() == rows, "starts: ", starts.numel(), " rows, expected ", rows);
+  const float* added = bias ? floats_of("bias", *bias, rows) : nullptr;
+  Tensor y = empty({shape.rows, rows}, ScalarType::Float);
+  compact_linear(
+      {input, floats_of("kept", kept, kept.numel()), starts.const_data_ptr<int64_t>(), bits, added,
+          scale_of(scale), shape.rows, rows, shape.cols, y.mutable_data_ptr<float>()},
+      exec());
+  return y;
+}
+
 void scored_grad_op(
     Tensor grad, const Tensor& values, const OptionalTensor& scores, const OptionalTensor& scale) {
   const int64_t count = grad.numel();
@@ -337,6 +403,12 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("aligned_tiles(Tensor words, int cols, int patterns) -> Tensor");
   m.def("aligned_linear(Tensor x, Tensor values, Tensor tiles, int rows, Tensor? bias, "
         "Tensor? scale) -> Tensor");
+  m.def("phased_tiles(Tensor words, int cols, int period) -> (Tensor, Tensor)");
+  m.def("phased_values(Tensor values, int cols) -> Tensor");
+  m.def("phased_linear(Tensor x, Tensor values, Tensor tiles, Tensor rows, int outputs, "
+        "Tensor? bias, Tensor? scale) -> Tensor");
+  m.def("compact_linear(Tensor x, Tensor kept, Tensor starts, Tensor words, Tensor? bias, "
+        "Tensor? scale) -> Tensor");
   m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
   m.def("gelu_stats(Tensor x) -> Tensor");
   m.def("gelu_batch_norm(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, "
@@ -363,6 +435,10 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("masked_linear", TORCH_BOX(&masked_linear_op));
   m.impl("aligned_tiles", TORCH_BOX(&aligned_tiles_op));
   m.impl("aligned_linear", TORCH_BOX(&aligned_linear_op));
+  m.impl("phased_tiles", TORCH_BOX(&phased_tiles_op));
+  m.impl("phased_values", TORCH_BOX(&phased_values_op));
+  m.impl("phased_linear", TORCH_BOX(&phased_linear_op));
+  m.impl("compact_linear", TORCH_BOX(&compact_linear_op));
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));
   m.impl("gelu_stats", TORCH_BOX(&gelu_stats_op));
   m.impl("gelu_batch_norm", TORCH_BOX(&gelu_batch_norm_op));

@@ -95,9 +95,7 @@ def choose(op: str, argument: str, *args: Any) -> str:
         if reason := why_not(name, op, *args):
             raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
         return name
-    for candidate in ORDER:
-        if why_unavailable(candidate) is not None:
-            continue
+    for candidate in _usable(ORDER):
         reason = _module(candidate).why_not(op, *args)
         if reason is None:
             return candidate
@@ -116,6 +114,11 @@ def why_not(name: str, op: str, *args: Any) -> str | None:
 def explain(op: str, *args: Any) -> dict[str, str | None]:
     """Every backend's name, best first, to None if it can run the call or the reason why not."""
     return {name: why_not(name, op, *args) for name in ORDER}
+
+
+@functools.cache
+def _usable(order: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in order if why_unavailable(name) is None)
 
 
 @functools.cache

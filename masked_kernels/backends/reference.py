@@ -93,6 +93,16 @@ def scored_linear_grad_scores(
     return _grad_scores(grad_y.t() @ x, values, scores, scale, absolute)
 
 
+def compact_linear(
+    x: Tensor, kept: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    mask = unpack(words, x.shape[1])
+    if kept.numel() != (count := int(mask.sum())):
+        raise ValueError(f"kept: got {kept.numel()} values, expected {count}, as many as set bits")
+    weight = kept.new_zeros(mask.shape).masked_scatter_(mask, kept)
+    return F.linear(x, _scaled(weight, scale), bias)
+
+
 def masked_conv2d(
     x: Tensor,
     values: Tensor,

@@ -1,5 +1,6 @@
 """Masked modules, packed modules, and conversion between them and plain torch modules."""
 
+from .compact import CompactLinear
 from .convert import ConversionReport, mask_model_, materialize_, pack_model_
 from .masked import MaskedConv2d, MaskedLinear
 from .packed import PackedConv2d, PackedLinear
@@ -7,6 +8,7 @@ from .sequential import FusedSequential
 from .summary import Summary, summary
 
 __all__ = [
+    "CompactLinear",
     "ConversionReport",
     "FusedSequential",
     "MaskedConv2d",

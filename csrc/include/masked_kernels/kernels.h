@@ -7,6 +7,7 @@
 #include "masked_kernels/parallel.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace masked_kernels {
 
@@ -122,6 +123,60 @@ struct AlignedLinear {
   float* y;
 };
 void aligned_linear(const AlignedLinear& params, const Exec& exec);
+
+// A row of a weight and where it starts in the prototype.
+struct PhasedRow {
+  int64_t row; // -1 for none
+  int64_t start;
+
+  int64_t phase() const { return start % 16; } // in a cache line of the prototype
+};
+
+// How phased_linear reads a mask: rows in groups of 4 that share their phase, and 64 columns at a
+// time, the first of which lies `phase` columns before the row.
+struct PhasedLayout {
+  static constexpr int64_t kGroup = 4, kChunk = 64;
+
+  static constexpr int64_t chunks(int64_t cols) { return ceil_div(cols + 15, kChunk); }
+  // The prototype must go on for so many values past its end.
+  static constexpr int64_t padded(int64_t period, int64_t cols) {
+    return period + chunks(cols) * kChunk;
+  }
+};
+
+// The rows of all groups; those of a group start near one another.
+std::vector<PhasedRow> phased_rows(Shape shape, int64_t period);
+
+// tiles [groups, chunks, 4] = the bits of each group of `rows`, 0 outside of a row
+void phased_tiles(const uint32_t* words, Shape shape, const std::vector<PhasedRow>& rows,
+    uint64_t* tiles, const Exec& exec);
+
+// As masked_linear, for any period.
+struct PhasedLinear {
+  const float* x;
+  const float* values; // on a boundary of 64 bytes, PhasedLayout::padded of them
+  const uint64_t* tiles;
+  const PhasedRow* phased_rows;
+  int64_t groups;
+  const float* bias; // [N] or null
+  float scale;
+  int64_t tokens, rows, cols; // M, N, K
+  float* y;
+};
+void phased_linear(const PhasedLinear& params, const Exec& exec);
+
+// As masked_linear, for a dense weight of which only what the mask keeps is there.
+struct CompactLinear {
+  const float* x;
+  const float* kept;     // row by row
+  const int64_t* starts; // [N], of each row in `kept`
+  const uint32_t* words; // [N, ceil(K / 32)]
+  const float* bias;     // [N] or null
+  float scale;
+  int64_t tokens, rows, cols; // M, N, K
+  float* y;
+};
+void compact_linear(const CompactLinear& params, const Exec& exec);
 
 // grad[i] *= scale * values[i % period] * (scores ? sign(scores[i]) : 1), in place
 struct ScoredGrad {

@@ -1,11 +1,13 @@
 """The native CPU backend: the kernels of ``csrc/cpu`` where they win, else decode and torch.
 
-``masked_linear`` has three ways, and ``linear_plan`` chooses. *Aligned* serves prototypes whose
+``masked_linear`` has four ways, and ``linear_plan`` chooses. *Aligned* serves prototypes whose
 period fits the rows: x is scaled once and the bits alone select what is summed, at any batch in
 fewer instructions than a dense product. *Direct* reads bits and values inside the multiplication
 and never writes a dense weight: at small batch it moves a fraction of the bytes a dense layer
-would. *Panels* decodes some rows at a time into one scratch that stays in the L2 cache and hands
-it to the library: at large batch the decoding is lost in the multiplication.
+would. *Phased* does so for one or two tokens and a prototype of any period, with rows sorted so
+that they read whole cache lines of it. *Panels* decodes some rows at a time into one scratch that
+stays in the L2 cache and hands it to the library: at large batch the decoding is lost in the
+multiplication.
 The kernels compute in float32; 16-bit inputs are widened where that is cheap. Threads are torch's
 (``torch.set_num_threads``).
 """
@@ -24,6 +26,7 @@ from .bits import (
     transpose,
     unpack,
 )
+from .compact import compact_linear
 from .conv2d import (
     masked_conv2d,
     masked_conv2d_grad_weight,
@@ -53,10 +56,11 @@ def why_not(op: str, *args: object) -> str | None:
             continue
         if not arg.is_cpu:
             return f"a tensor is on {arg.device}"
-        if arg.dtype == torch.float64 and op.startswith(("select_", "scored_")):
+        dtype = arg.dtype
+        if dtype not in _DTYPES:
+            return f"dtype {dtype} is none of float32, float64, float16, bfloat16"
+        if dtype == torch.float64 and op.startswith(("select_", "scored_")):
             return f"{op} computes in float32 and got float64"
-        if arg.dtype != torch.float32 and op.startswith("gelu_"):
-            return f"{op} computes in float32 and got {arg.dtype}"
-        if arg.dtype not in _DTYPES:
-            return f"dtype {arg.dtype} is none of float32, float64, float16, bfloat16"
+        if dtype != torch.float32 and op.startswith("gelu_"):
+            return f"{op} computes in float32 and got {dtype}"
     return None

@@ -1,9 +1,9 @@
 """``aligned_linear``: prototypes whose period fits the rows, multiplied by their bits alone."""
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._native import as_float, native, optional_float
+from ._relaid import relaid
 from .bits import transpose
 from .plan import row_patterns
 
@@ -20,7 +20,7 @@ def aligned_linear(
         optional_float(bias),
         optional_float(scale),
     )
-    return y.to(x.dtype)
+    return y if x.dtype == y.dtype else y.to(x.dtype)
 
 
 def aligned_linear_grad_x(
@@ -42,19 +42,11 @@ def aligned_linear_grad_x(
     return grad_x.to(grad_y.dtype)
 
 
-_tiles_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""The tiles of masks in use, dropped with the mask's words: re-laying costs a batch-1 product."""
-
-
 def _tiles(words: Tensor, cols: int, patterns: int) -> Tensor:
     """The words as ``aligned_linear`` reads them."""
-    tiles: Tensor
-    if words.is_inference():  # has no version, so a change would go unseen
-        tiles = native().aligned_tiles(words.contiguous(), cols, patterns)
-        return tiles
-    key = (words._version, cols, patterns)
-    known, tiles = _tiles_of.get(words, (None, words))
-    if known != key:
-        tiles = native().aligned_tiles(words.contiguous(), cols, patterns)
-        _tiles_of[words] = key, tiles
+    tiles: Tensor = relaid(
+        words,
+        ("aligned", cols, patterns),
+        lambda: native().aligned_tiles(words.contiguous(), cols, patterns),
+    )
     return tiles

@@ -9,6 +9,7 @@ from ._native import as_float, isa, native, number, optional_float, scaled_
 from .aligned import aligned_linear, aligned_linear_grad_x
 from .bits import decode
 from .grad import apply_scores, masked_
+from .phased import phased_linear
 from .plan import linear_plan, row_patterns
 
 _PANEL_BYTES = 1 << 22  # small enough for the L2 caches, large enough to occupy the threads
@@ -22,6 +23,8 @@ def masked_linear(
     plan = linear_plan(x.shape[0], rows, x.shape[1], values.numel(), x.dtype, isa())
     if plan == "aligned":
         return aligned_linear(x, values, words, bias, scale)
+    if plan == "phased":
+        return phased_linear(x, values, words, bias, scale)
     if plan == "direct":
         return _direct_linear(x, values, words, bias, scale)
     y = x.new_empty((x.shape[0], rows))
@@ -71,7 +74,7 @@ def _direct_linear(
         optional_float(bias),
         optional_float(scale),
     )
-    return y.to(x.dtype)
+    return y if x.dtype == y.dtype else y.to(x.dtype)
 
 
 def _panels(values: Tensor, words: Tensor, cols: int) -> Iterator[tuple[int, int, Tensor]]:

@@ -101,7 +101,11 @@ def test_every_op_has_samples() -> None:
 @pytest.mark.parametrize("name", sorted(samples()))
 def test_opcheck(name: str, backend: str) -> None:
     for arguments in samples()[name]:
-        opcheck(getattr(torch.ops.masked_kernels, name).default, (*arguments, backend), test_utils=CHECKS)
+        opcheck(
+            getattr(torch.ops.masked_kernels, name).default,
+            (*arguments, backend),
+            test_utils=CHECKS,
+        )
 
 
 @pytest.mark.parametrize("name", sorted(samples()))

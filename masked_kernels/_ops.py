@@ -25,7 +25,10 @@ def _define(name: str, arguments: str, fake: Callable[..., Any], result: str = "
     NAMES.append(name)
 
     def run(*args: Any) -> Any:
-        return select(name, args[-1], *args[:-1])(*args[:-1])
+        # A view of a tensor made here must not keep that one alive for autograd: the engine adds
+        # gradients in place only where nothing else holds their storage.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return select(name, args[-1], *args[:-1])(*args[:-1])
 
     _library.define(
         f"{name}({arguments}, str backend) -> {result}", tags=(torch.Tag.pt2_compliant_tag,)
@@ -71,6 +74,10 @@ def _is_plain_call(args: tuple[Any, ...]) -> bool:
 def _fake_words(t: Tensor, *_: Any) -> Tensor:
     rows, cols = t.shape
     return t.new_empty((rows, words_per_row(cols)), dtype=torch.int32)
+
+
+def _fake_image(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape).contiguous(memory_format=conv_memory_format(x))
 
 
 def _fake_conv_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -217,4 +224,20 @@ scored_conv2d_grad_scores = _define(
     "scored_conv2d_grad_scores",
     f"Tensor grad_y, Tensor x, Tensor values, Tensor scores, Tensor? scale, bool absolute, {_CONV}",
     lambda g, x, v, scores, *_: scores.new_empty(scores.shape),
+)
+gelu_stats = _define("gelu_stats", "Tensor x", lambda x, _: x.new_empty((2, x.shape[1])))
+gelu_batch_norm = _define(
+    "gelu_batch_norm",
+    "Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps",
+    lambda x, *_: _fake_image(x),
+)
+gelu_batch_norm_grad_affine = _define(
+    "gelu_batch_norm_grad_affine",
+    "Tensor grad_y, Tensor x, Tensor stats, float eps",
+    lambda g, x, *_: x.new_empty((2, x.shape[1])),
+)
+gelu_batch_norm_grad_x = _define(
+    "gelu_batch_norm_grad_x",
+    "Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, Tensor? grad_affine, float eps",
+    lambda g, x, *_: _fake_image(x),
 )

@@ -36,6 +36,7 @@ def samples() -> dict[str, list[tuple[object, ...]]]:
     grad_image = torch.randn(2, 6, 3, 7)
     grad_last = grad_image.contiguous(memory_format=torch.channels_last)
     grad_point = torch.randn(2, 6, 6, 5).contiguous(memory_format=torch.channels_last)
+    stats = torch.rand(2, 4)
     return {
         "pack": [(mask,), (mask.t(),)],
         "unpack": [(words, k)],
@@ -85,6 +86,19 @@ def samples() -> dict[str, list[tuple[object, ...]]]:
         "masked_conv2d_grad_weight": [
             (grad_image, image, kernel_words, scale, [3, 3], *geometry),
             (grad_last, last, kernel_words, None, [3, 3], *geometry),
+        ],
+        "gelu_stats": [(image,), (last,)],
+        "gelu_batch_norm": [
+            (image, stats, stats[0], stats[1], None, 1e-5),
+            (last, stats, None, None, image, 0.1),
+        ],
+        "gelu_batch_norm_grad_affine": [
+            (image.neg(), image, stats, 1e-5),
+            (image, last, stats, 0.1),
+        ],
+        "gelu_batch_norm_grad_x": [
+            (image.neg(), image, stats, stats[0], torch.randn(2, 4), 1e-5),
+            (image, last, stats, None, None, 0.1),
         ],
         "scored_conv2d_grad_scores": [
             (grad_image, image, prototype, kernel_scores, scale, True, *geometry),

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import masked_kernels as mk
 
 from ..problem import Case, Problem, Provider, against_float64, channels_last
-from ..providers import compiled, published
+from ..providers import compiled, published, unfused_
 
 BF16_NETWORK_ERROR = 5e-2
 """Relative, of the logits: what many layers of 8-bit roundings add up to is about 1e-2."""
@@ -83,7 +83,7 @@ def _problem(masked: nn.Module, inputs: tuple[Tensor, ...], backend: str) -> Pro
     """
     dense = copy.deepcopy(masked)
     mk.materialize_(dense)
-    dense.requires_grad_(False)
+    unfused_(dense).requires_grad_(False)
     last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
     exact = copy.deepcopy(dense).double()
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 import masked_kernels as mk
 
 from ..problem import Case, ErrorOf, Judge, Problem, Provider, channels_last, error_against
-from ..providers import published
+from ..providers import published, unfused_
 from .network import IMAGE, masked_convmixer, multiply_adds
 
 CLASSES = 10
@@ -53,7 +53,7 @@ class TrainingStep(Case):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = mk.models.create_model("convmixer", dim=self.dim, depth=self.depth)
-            return model.to(memory_format=torch.channels_last)
+            return unfused_(model).to(memory_format=torch.channels_last)
 
         return Problem(
             inputs,

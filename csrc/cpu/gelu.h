@@ -26,7 +26,9 @@ struct Normal {
   MK_INLINE explicit Normal(const Floats<kLanes>& x) {
     constexpr float kHalfLog2e = 0.72134752f;
     constexpr float kRound = 12582912.0f; // 1.5 * 2^23: a sum with it is rounded to an integer
-    constexpr float kLeast = -100.0f; // 2^-100 is as good as 0, and no product below is subnormal
+    // Below 2^-64 the exponential counts as 0. Times a small gradient it would be subnormal, and
+    // whatever reads subnormal numbers, matrix products above all, slows down many times over.
+    constexpr float kLeast = -64.0f;
     constexpr float kExp2[] = {1.0f, 0.693147206f, 0.240226469f, 0.0555032876f, 0.00961848896f,
         0.00133999379f, 0.000153458283f};
     constexpr float kTailEnd = 5.8f;
@@ -43,6 +45,7 @@ struct Normal {
     std::memcpy(&exponent, &rounded, sizeof exponent);
     bits += exponent << 23;
     std::memcpy(&bell, &bits, sizeof bell);
+    bell = raw > kLeast ? bell : Floats<kLanes>{};
 
     const Floats<kLanes> size = x < 0.0f ? -x : x;
     const Floats<kLanes> near = size < kTailEnd ? size : splat<kLanes>(kTailEnd);

@@ -80,6 +80,20 @@ const float* floats_of(const char* what, const Tensor& t, int64_t count) {
   return t.const_data_ptr<float>();
 }
 
+// The pixels [B * H * W, C] of a channels_last image [B, C, H, W] of the size of `like`.
+const float* pixels_of(const char* what, const Tensor& t, const Tensor& like) {
+  check(t.is_cpu() && t.scalar_type() == ScalarType::Float, what, ": not a float CPU tensor");
+  check(t.dim() == 4, what, ": ", t.dim(), " dimensions, expected 4");
+  int64_t stride = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    check(t.size(dim) == like.size(dim), what, ": size of another image");
+    check(
+        t.size(dim) <= 1 || t.numel() == 0 || t.stride(dim) == stride, what, ": not channels_last");
+    stride *= t.size(dim);
+  }
+  return t.const_data_ptr<float>();
+}
+
 float scale_of(const OptionalTensor& scale) {
   return scale ? *floats_of("scale", *scale, 1) : 1.0f;
 }
@@ -358,6 +372,58 @@ Tensor depthwise_grad_op(
   return grad_weight;
 }
 
+// x [B, C, H, W] channels_last; stats [2, C] are mean and biased variance
+GeluBatchNorm norm_of(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps) {
+  const int64_t channels = x.dim() == 4 ? x.size(1) : 0;
+  const float* mean = floats_of("stats", stats, 2 * channels);
+  return {pixels_of("x", x, x), x.numel() / std::max<int64_t>(channels, 1), channels, mean,
+      mean + channels, weight ? floats_of("weight", *weight, channels) : nullptr,
+      bias ? floats_of("bias", *bias, channels) : nullptr, static_cast<float>(eps)};
+}
+
+Tensor gelu_stats_op(const Tensor& x) {
+  const float* pixels = pixels_of("x", x, x);
+  check(x.numel() > 0, "x: no pixels");
+  const int64_t channels = x.size(1);
+  Tensor stats = empty({2, channels}, ScalarType::Float);
+  float* mean = stats.mutable_data_ptr<float>();
+  gelu_stats(pixels, x.numel() / channels, channels, mean, mean + channels, exec());
+  return stats;
+}
+
+Tensor gelu_batch_norm_op(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, double eps) {
+  const GeluBatchNorm params = norm_of(x, stats, weight, bias, eps);
+  Tensor y = torch::stable::empty_like(x);
+  gelu_batch_norm(params, residual ? pixels_of("residual", *residual, x) : nullptr,
+      y.mutable_data_ptr<float>(), exec());
+  return y;
+}
+
+// The gradients of weight and bias, [2, C].
+Tensor gelu_batch_norm_grad_affine_op(
+    const Tensor& grad_y, const Tensor& x, const Tensor& stats, double eps) {
+  const GeluBatchNorm params = norm_of(x, stats, std::nullopt, std::nullopt, eps);
+  Tensor grad = empty({2, params.channels}, ScalarType::Float);
+  float* grad_weight = grad.mutable_data_ptr<float>();
+  gelu_batch_norm_grad_affine(
+      params, pixels_of("grad_y", grad_y, x), grad_weight, grad_weight + params.channels, exec());
+  return grad;
+}
+
+Tensor gelu_batch_norm_grad_x_op(const Tensor& grad_y, const Tensor& x, const Tensor& stats,
+    const OptionalTensor& weight, const OptionalTensor& grad_affine, double eps) {
+  const GeluBatchNorm params = norm_of(x, stats, weight, std::nullopt, eps);
+  const float* grad_weight =
+      grad_affine ? floats_of("grad_affine", *grad_affine, 2 * params.channels) : nullptr;
+  Tensor grad_x = torch::stable::empty_like(x);
+  gelu_batch_norm_grad_x(params, pixels_of("grad_y", grad_y, x), grad_weight,
+      grad_weight ? grad_weight + params.channels : nullptr, grad_x.mutable_data_ptr<float>(),
+      exec());
+  return grad_x;
+}
+
 std::string isa_op() {
   return name(active_isa());
 }
@@ -388,6 +454,12 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
         "int pad_h, int pad_w, Tensor affine, str activation, Tensor? residual) -> Tensor");
   m.def("finish_(Tensor(a!) y, Tensor affine, str activation, Tensor? residual) -> ()");
   m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
+  m.def("gelu_stats(Tensor x) -> Tensor");
+  m.def("gelu_batch_norm(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, "
+        "float eps) -> Tensor");
+  m.def("gelu_batch_norm_grad_affine(Tensor grad_y, Tensor x, Tensor stats, float eps) -> Tensor");
+  m.def("gelu_batch_norm_grad_x(Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, "
+        "Tensor? grad_affine, float eps) -> Tensor");
   m.def("depthwise_grad(Tensor grad_y, Tensor x, int kernel, int pad_h, int pad_w) -> Tensor");
 }
 
@@ -413,6 +485,10 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("depthwise_fused", TORCH_BOX(&depthwise_fused_op));
   m.impl("finish_", TORCH_BOX(&finish_op));
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));
+  m.impl("gelu_stats", TORCH_BOX(&gelu_stats_op));
+  m.impl("gelu_batch_norm", TORCH_BOX(&gelu_batch_norm_op));
+  m.impl("gelu_batch_norm_grad_affine", TORCH_BOX(&gelu_batch_norm_grad_affine_op));
+  m.impl("gelu_batch_norm_grad_x", TORCH_BOX(&gelu_batch_norm_grad_x_op));
   m.impl("depthwise_grad", TORCH_BOX(&depthwise_grad_op));
 }
 

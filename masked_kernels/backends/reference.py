@@ -192,6 +192,66 @@ def scored_conv2d_grad_scores(
     return _grad_scores(grad, values, scores, scale, absolute).contiguous()
 
 
+def gelu_stats(x: Tensor) -> Tensor:
+    var, mean = torch.var_mean(F.gelu(x), _over_pixels(x), correction=0)
+    return torch.stack([mean, var])
+
+
+def gelu_batch_norm(
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> Tensor:
+    y = _normalised(x, stats, eps)
+    if weight is not None:
+        y = y * _per_channel(weight, x)
+    if bias is not None:
+        y = y + _per_channel(bias, x)
+    if residual is not None:
+        y = y + residual
+    return y.contiguous(memory_format=conv_memory_format(x))
+
+
+def gelu_batch_norm_grad_affine(grad_y: Tensor, x: Tensor, stats: Tensor, eps: float) -> Tensor:
+    grad_weight = (grad_y * _normalised(x, stats, eps)).sum(_over_pixels(x))
+    return torch.stack([grad_weight, grad_y.sum(_over_pixels(x))])
+
+
+def gelu_batch_norm_grad_x(
+    grad_y: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    grad_affine: Tensor | None,
+    eps: float,
+) -> Tensor:
+    grad = grad_y
+    if grad_affine is not None:  # mean and variance move with x
+        grad_weight, grad_bias = (_per_channel(t, x) for t in grad_affine)
+        pixels = x.numel() // max(x.shape[1], 1)
+        grad = grad - (grad_bias + _normalised(x, stats, eps) * grad_weight) / pixels
+    factor = (stats[1] + eps).rsqrt()
+    grad = grad * _per_channel(factor if weight is None else factor * weight, x)
+    grad_x: Tensor = torch.ops.aten.gelu_backward(grad, x)
+    return grad_x.contiguous(memory_format=conv_memory_format(x))
+
+
+def _over_pixels(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    return t.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _normalised(x: Tensor, stats: Tensor, eps: float) -> Tensor:
+    mean, var = stats
+    return (F.gelu(x) - _per_channel(mean, x)) * _per_channel((var + eps).rsqrt(), x)
+
+
 def _select_topk(scores: Tensor, drop: int, absolute: bool, name: str) -> Tensor:
     keys = _keys(scores, absolute, name).flatten()
     mask = torch.ones_like(keys, dtype=torch.bool)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import Residual
+from ..nn import FusedSequential, Residual
 from .registry import register_model
 
 
@@ -57,8 +57,8 @@ class ConvMixerBlock(nn.Sequential):
 
 def _conv_gelu_norm(
     in_channels: int, out_channels: int, kernel_size: int, **conv: Any
-) -> nn.Sequential:
-    return nn.Sequential(
+) -> FusedSequential:
+    return FusedSequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, bias=False, **conv),
         nn.GELU(),
         nn.BatchNorm2d(out_channels),

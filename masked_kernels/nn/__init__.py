@@ -4,12 +4,14 @@ from .compact import CompactLinear
 from .convert import ConversionReport, mask_model_, materialize_, pack_model_
 from .masked import MaskedConv2d, MaskedLinear
 from .packed import PackedConv2d, PackedLinear
-from .packed_sequential import PackedSequential, Residual
+from .packed_sequential import PackedSequential
+from .sequential import FusedSequential, Residual
 from .summary import Summary, summary
 
 __all__ = [
     "CompactLinear",
     "ConversionReport",
+    "FusedSequential",
     "MaskedConv2d",
     "MaskedLinear",
     "PackedConv2d",

@@ -12,14 +12,7 @@ from .. import _ops
 from ..backends import AUTO
 from ..prototype import Prototype
 from .packed import PackedConv2d
-
-
-class Residual(nn.Sequential):
-    """``x + f(x)``, f being the modules in turn."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + super().forward(x)  # type: ignore[no-untyped-call]
-        return y
+from .sequential import FusedSequential, Residual
 
 
 class PackedSequential(nn.Sequential):
@@ -67,7 +60,7 @@ class PackedSequential(nn.Sequential):
 
 def is_fusable(module: nn.Module) -> bool:
     """Whether packing should make ``module`` a PackedSequential."""
-    return type(module) in (nn.Sequential, Residual) and _holds_fused(
+    return type(module) in (nn.Sequential, FusedSequential, Residual) and _holds_fused(
         plan(cast("nn.Sequential", module))
     )
 
@@ -118,8 +111,8 @@ def _run(steps: "list[Step]", x: Tensor) -> Tensor:
 
 
 def _is_sequence(module: nn.Module) -> bool:
-    kinds = (nn.Sequential.forward, Residual.forward, PackedSequential.forward)
-    return getattr(type(module), "forward", None) in kinds
+    kinds = (nn.Sequential, FusedSequential, Residual, PackedSequential)
+    return getattr(type(module), "forward", None) in [kind.forward for kind in kinds]
 
 
 def _is_residual(sequence: nn.Sequential) -> bool:

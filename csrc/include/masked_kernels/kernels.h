@@ -210,4 +210,34 @@ struct DepthwiseGrad {
 };
 void depthwise_grad(const DepthwiseGrad& params, const Exec& exec);
 
+// BatchNorm of g = GELU(x), x [pixels, channels]:
+// y = weight * (g - mean) / sqrt(var + eps) + bias + residual.
+struct GeluBatchNorm {
+  const float* x;
+  int64_t pixels, channels;
+  const float* mean;   // [channels], as all that follow
+  const float* var;    // biased
+  const float* weight; // null for 1
+  const float* bias;   // null for 0
+  float eps;
+};
+
+// mean and biased variance of GELU(x), x [pixels, channels], pixels >= 1
+void gelu_stats(
+    const float* x, int64_t pixels, int64_t channels, float* mean, float* var, const Exec& exec);
+
+// residual [pixels, channels], or null
+void gelu_batch_norm(
+    const GeluBatchNorm& params, const float* residual, float* y, const Exec& exec);
+
+// The gradients of weight and bias: sums over pixels of grad_y * (g - mean) / sqrt(var + eps) and
+// of grad_y.
+void gelu_batch_norm_grad_affine(const GeluBatchNorm& params, const float* grad_y,
+    float* grad_weight, float* grad_bias, const Exec& exec);
+
+// Where mean and var are those of the batch, grad_x needs the gradients of weight and bias; where
+// they are constants, these are null.
+void gelu_batch_norm_grad_x(const GeluBatchNorm& params, const float* grad_y,
+    const float* grad_weight, const float* grad_bias, float* grad_x, const Exec& exec);
+
 } // namespace masked_kernels

@@ -42,9 +42,16 @@ from .linear import (
     masked_linear_grad_x,
     scored_linear_grad_scores,
 )
+from .norm import (
+    gelu_batch_norm,
+    gelu_batch_norm_grad_affine,
+    gelu_batch_norm_grad_x,
+    gelu_stats,
+)
 from .plan import bounds_of, linear_decision
 
 _DTYPES = (torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.float64, torch.bool)
+_FLOAT32_ONLY = ("gelu_", "masked_conv2d_fused")
 
 
 def why_not(op: str, *args: object) -> str | None:
@@ -59,7 +66,7 @@ def why_not(op: str, *args: object) -> str | None:
             return f"dtype {dtype} is none of float32, float64, float16, bfloat16"
         if dtype == torch.float64 and op.startswith(("select_", "scored_")):
             return f"{op} computes in float32 and got float64"
-        if op == "masked_conv2d_fused" and dtype not in (torch.float32, torch.int32):
+        if dtype not in (torch.float32, torch.int32) and op.startswith(_FLOAT32_ONLY):
             return f"{op} computes in float32 and got {dtype}"
     return None
 

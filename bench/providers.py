@@ -136,4 +136,12 @@ def published(model: nn.Module) -> nn.Module:
         for name, child in parent.named_children():
             if isinstance(child, mk.nn.MaskedLinear | mk.nn.MaskedConv2d):
                 setattr(parent, name, PublishedLayer(child))
+    return unfused_(model)
+
+
+def unfused_(model: nn.Module) -> nn.Module:
+    """``model`` with its layers called one by one, as plain PyTorch does."""
+    for module in model.modules():
+        if isinstance(module, mk.nn.FusedSequential):
+            module.fuse = False
     return model

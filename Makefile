@@ -16,16 +16,17 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench gpu-report lint format ctest clean
+.PHONY: help demo test bench gpu-report lint format ctest sanitize clean
 
 help:
-	@echo 'make demo    train, pack, save, reload and time a masked network, write demo/report.html'
-	@echo 'make test    linters, C++ tests, Python tests'
-	@echo 'make bench   benchmarks of the kernels'
-	@echo 'make gpu-report  on a machine with a GPU: tests and benchmarks there, into OUT=gpu-report'
-	@echo 'make lint    ruff, mypy, clang-format'
-	@echo 'make format  format Python and C++'
-	@echo 'make clean   remove everything that these made'
+	@echo 'make demo      train, pack, save, reload and time a masked network, write demo/report.html'
+	@echo 'make test      linters, C++ tests, Python tests'
+	@echo 'make bench     short form of the benchmarks, under 5 minutes'
+	@echo 'make gpu-report  tests and benchmarks on the GPU of this machine, into OUT=gpu-report'
+	@echo 'make lint      ruff, mypy, clang-format'
+	@echo 'make format    format Python and C++'
+	@echo 'make sanitize  C++ tests under the address and undefined-behaviour sanitizers'
+	@echo 'make clean     remove everything that these made'
 
 demo: .venv/.package
 	@echo '── Demo: a masked network from training to a packed file'
@@ -39,7 +40,7 @@ test: lint ctest
 	  --require-backend=triton --backend=triton --every=8 -k 'not large_layer'
 
 bench: .venv/.package
-	@echo '── Benchmarks'
+	@echo '── Benchmarks, short form'
 	@time $(BIN)/python -m bench --quick
 
 # Uses the Python, torch and Triton that are already there, and no network.
@@ -59,6 +60,13 @@ ctest: .venv/.package
 	@time { $(BIN)/cmake -S . -B build/ctest -DCMAKE_BUILD_TYPE=Release > build/ctest-configure.log \
 	  || { cat build/ctest-configure.log; exit 1; } ; \
 	  $(BIN)/cmake --build build/ctest --parallel && $(BIN)/ctest --test-dir build/ctest --output-on-failure; }
+
+sanitize: .venv/.tools
+	@echo '── C++ tests under the address and undefined-behaviour sanitizers'
+	@mkdir -p build
+	@time { $(BIN)/cmake -S . -B build/sanitize -DMASKED_KERNELS_SANITIZE=ON > build/sanitize-configure.log \
+	  || { cat build/sanitize-configure.log; exit 1; } ; \
+	  $(BIN)/cmake --build build/sanitize --parallel && $(BIN)/ctest --test-dir build/sanitize --output-on-failure; }
 
 .venv/.tools:
 	@echo '── .venv with build tools'

@@ -1,4 +1,6 @@
-"""``python -m bench``: time masked_kernels beside plain PyTorch, and print a Markdown table."""
+"""``python -m bench``: time masked_kernels beside plain PyTorch, and print Markdown tables;
+``python -m bench tune``: measure anew which CPU kernel serves which sizes.
+"""
 
 import argparse
 import json
@@ -11,14 +13,18 @@ import torch
 
 import masked_kernels as mk
 
-from .machine import machine
-from .registry import CASES, QUICK
+from . import tune
+from .cases import CASES, QUICK
+from .machine import machine, peaks
 from .report import render
 from .run import WrongResult, run
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark and return the exit code: 0, or 1 if a provider's result is wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["tune"]:
+        return tune.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if reason := mk.backends()[options.backend]:
         print(f"error: backend {options.backend!r} is unavailable: {reason}", file=sys.stderr)
@@ -28,19 +34,23 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: --cases {options.cases!r} finds none", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
-    seconds = options.seconds or (0.3 if options.quick else 2.0)
+    seconds = options.seconds or (0.2 if options.quick else 0.4)
+    measured = peaks()
     results = []
     try:
-        for result in run(cases, options.backend, seconds):
+        for result in run(cases, options.backend, seconds, options.providers):
             results.append(result)
             print(f"{len(results)}/{len(cases)} {result['name']}", file=sys.stderr, flush=True)
     except WrongResult as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    command = shlex.join(
-        ["python", "-m", "bench", *(sys.argv[1:] if arguments is None else arguments)]
-    )
-    report = {"machine": machine(command), "backend": options.backend, "cases": results}
+    command = shlex.join(["python", "-m", "bench", *arguments])
+    report = {
+        "machine": machine(command),
+        "peaks": measured,
+        "backend": options.backend,
+        "cases": results,
+    }
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -53,11 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cases", default="", metavar="REGEX", help="only cases whose name it finds"
     )
+    parser.add_argument(
+        "--providers", default="", metavar="REGEX", help="ours and those whose name it finds"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of torch and of our kernels")
     parser.add_argument("--backend", default="cpu", choices=tuple(mk.backends()), help="of ours")
     parser.add_argument("--seconds", type=float, help="to time each provider of a case for")
     parser.add_argument("--out", type=Path, help="result file, say bench/results/NAME.json")
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, shorter")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, shorter")
     return parser
 
 

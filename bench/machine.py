@@ -2,6 +2,8 @@
 
 import datetime
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ import torch
 from masked_kernels import info
 
 ROOT = Path(__file__).parent.parent
+GEMM_SIZE = 2048
+STREAM_BYTES = 1 << 30
+"""Far beyond the caches, those that machines share too."""
 
 
 def machine(command: str) -> dict[str, Any]:
@@ -27,6 +32,38 @@ def machine(command: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
     }
+
+
+def peaks(
+    gemm_size: int = GEMM_SIZE, stream_bytes: int = STREAM_BYTES, seconds: float = 1.0
+) -> dict[str, float]:
+    """What the machine can do with torch's threads, each the best of ``seconds``.
+
+    ``multiply_adds`` a second of a square float32 product, which the library runs at nearly the
+    FMA units' rate, and ``bytes`` a second of memory, the better of summing and copying.
+    """
+    a, b = torch.randn(2, gemm_size, gemm_size)
+    c = torch.empty_like(a)
+    stream = torch.zeros(stream_bytes // 4)
+    half = stream.numel() // 2
+    return {
+        "multiply_adds": gemm_size**3 / _fastest(lambda: torch.mm(a, b, out=c), seconds),
+        "bytes": stream_bytes
+        / min(
+            _fastest(stream.sum, seconds / 2),
+            _fastest(lambda: stream[:half].copy_(stream[half:]), seconds / 2),
+        ),
+    }
+
+
+def _fastest(run: Callable[[], Any], seconds: float) -> float:
+    run()
+    times: list[float] = []
+    while sum(times) < seconds:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _git(*arguments: str) -> str | None:

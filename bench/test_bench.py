@@ -1,17 +1,31 @@
-"""Single kernels through pytest-benchmark: ``pytest bench --benchmark-only``."""
+"""Single kernels through pytest-benchmark: ``pytest bench --benchmark-only``.
+
+``-k`` chooses cases by parts of their names: ``-k "linear and 4096x4096 and aligned and ours"``.
+"""
 
 import pytest
 import torch
 
-from .registry import QUICK, Case
+from .cases import conv2d, linear, select
+from .problem import Case
+from .run import check
 
 
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
-@pytest.mark.parametrize("provider", ("ours", "baseline"))
+@pytest.mark.parametrize("provider", ("ours", "dense"))
+@pytest.mark.parametrize(
+    "case", (*select.CASES, *linear.CASES, *conv2d.CASES), ids=lambda case: case.name
+)
 def test_case(benchmark: object, case: Case, provider: str) -> None:
     problem = case.build("auto")
-    run = problem.providers[problem.baseline if provider == "baseline" else provider]
+    name = problem.dense[0] if provider == "dense" else provider
+    made = problem.providers[name]()
     with torch.inference_mode():
-        x = problem.inputs[0]
-        assert problem.error(run(x), x) <= 2
-        benchmark(run, x)  # type: ignore[operator]
+        check(case.name, problem, {name: made})
+        argument = made.prepare(problem.example())
+        refresh = made.refresh
+        if refresh is None:
+            benchmark(made.run, argument)  # type: ignore[operator]
+            return
+        benchmark.pedantic(  # type: ignore[attr-defined]
+            made.run, setup=lambda: ((refresh(argument),), {}), rounds=50
+        )

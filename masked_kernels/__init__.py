@@ -4,7 +4,13 @@ as they are.
 
 from . import models, nn, recipes
 from .backends import BackendError, backends, use_backend
-from .functional import masked_conv2d, masked_linear, scored_conv2d, scored_linear
+from .functional import (
+    gelu_batch_norm,
+    masked_conv2d,
+    masked_linear,
+    scored_conv2d,
+    scored_linear,
+)
 from .mask import PackedMask
 from .nn import ConversionReport, mask_model_, materialize_, pack_model_, summary
 from .nn.config import MaskConfig
@@ -27,6 +33,7 @@ __all__ = [
     "Threshold",
     "TopK",
     "backends",
+    "gelu_batch_norm",
     "load_masked",
     "mask_model_",
     "masked_conv2d",

@@ -25,7 +25,7 @@ def check_float(name: str, t: Tensor) -> None:
 
 
 def check_shape(name: str, t: Tensor, expected: Sequence[int]) -> None:
-    if tuple(t.shape) != tuple(expected):
+    if t.shape != tuple(expected):
         raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {tuple(expected)}")
 
 

@@ -19,27 +19,65 @@ NAMES: list[str] = []
 """Every op, in the order of definition."""
 
 
-def _define(name: str, arguments: str, fake: Callable[..., Any]) -> Any:
-    """Register ``masked_kernels::name(arguments, str backend) -> Tensor`` and return its default
-    overload.
-    """
+def _define(name: str, arguments: str, fake: Callable[..., Any], result: str = "Tensor") -> Any:
+    """Register ``masked_kernels::name(arguments, str backend) -> result``; return what calls it."""
 
     NAMES.append(name)
 
     def run(*args: Any) -> Any:
-        return select(name, args[-1], *args[:-1])(*args[:-1])
+        # A view of a tensor made here must not keep that one alive for autograd: the engine adds
+        # gradients in place only where nothing else holds their storage.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return select(name, args[-1], *args[:-1])(*args[:-1])
 
     _library.define(
-        f"{name}({arguments}, str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+        f"{name}({arguments}, str backend) -> {result}", tags=(torch.Tag.pt2_compliant_tag,)
     )
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"masked_kernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.masked_kernels, name).default
+    op = getattr(torch.ops.masked_kernels, name).default
+
+    if "Tensor[]" in arguments:
+        return op
+
+    def call(*args: Any) -> Any:
+        return run(*args) if _is_plain_call(args) else op(*args)
+
+    return call
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, list, type(None)))
+"""Types of arguments; a list is of integers."""
+
+
+def _is_plain_call(args: tuple[Any, ...]) -> bool:
+    """Whether nobody needs to see an op: no compiler, mode, transform, subclass, gradient or tensor
+    without data.
+
+    Then the backend is called at once. The dispatcher's way to a kernel in Python costs 10 µs, as
+    much as a small layer.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or not _PLAIN.issuperset(map(type, args))
+    ):
+        return False
+    wants_grad = torch.is_grad_enabled()
+    return not any(
+        isinstance(arg, Tensor) and (arg.is_meta or (wants_grad and arg.requires_grad))
+        for arg in args
+    )
 
 
 def _fake_words(t: Tensor, *_: Any) -> Tensor:
     rows, cols = t.shape
     return t.new_empty((rows, words_per_row(cols)), dtype=torch.int32)
+
+
+def _fake_image(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape).contiguous(memory_format=conv_memory_format(x))
 
 
 def _fake_conv_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -62,6 +100,24 @@ def _fake_masked_conv2d(
     spatial = map(_fake_conv_size, x.shape[2:], kernel_size, stride, padding, dilation)
     return x.new_empty((x.shape[0], words.shape[0], *spatial)).contiguous(
         memory_format=conv_memory_format(x)
+    )
+
+
+def _fake_masked_conv2d_fused(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    affine: Tensor,
+    activation: str,
+    residual: Tensor | None,
+    *geometry: Any,
+) -> Tensor:
+    spatial = map(_fake_conv_size, x.shape[2:], *geometry[:4])
+    return torch.empty(
+        (x.shape[0], words.shape[0], *spatial),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
     )
 
 
@@ -103,6 +159,12 @@ transpose = _define(
     lambda w, cols, _: w.new_empty((cols, words_per_row(w.shape[0]))),
 )
 select_topk = _define("select_topk", "Tensor scores, SymInt drop, bool absolute", _fake_words)
+select_topk_many = _define(
+    "select_topk_many",
+    "Tensor[] scores, SymInt[] drops, bool absolute",
+    lambda scores, *_: [_fake_words(s) for s in scores],
+    result="Tensor[]",
+)
 select_threshold = _define("select_threshold", "Tensor scores, float threshold", _fake_words)
 select_nm = _define("select_nm", "Tensor scores, SymInt n, SymInt m, bool absolute", _fake_words)
 decode = _define(
@@ -130,11 +192,22 @@ scored_linear_grad_scores = _define(
     "Tensor grad_y, Tensor x, Tensor values, Tensor scores, Tensor? scale, bool absolute",
     lambda g, x, v, scores, *_: scores.new_empty(scores.shape),
 )
+compact_linear = _define(
+    "compact_linear",
+    "Tensor x, Tensor kept, Tensor words, Tensor? bias, Tensor? scale",
+    lambda x, kept, w, *_: x.new_empty((x.shape[0], w.shape[0])),
+)
 masked_conv2d = _define(
     "masked_conv2d",
     "Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale, "
     f"SymInt[] kernel_size, {_CONV}",
     _fake_masked_conv2d,
+)
+masked_conv2d_fused = _define(
+    "masked_conv2d_fused",
+    "Tensor x, Tensor values, Tensor words, Tensor affine, str activation, Tensor? residual, "
+    f"SymInt[] kernel_size, {_CONV}",
+    _fake_masked_conv2d_fused,
 )
 masked_conv2d_grad_x = _define(
     "masked_conv2d_grad_x",
@@ -151,4 +224,20 @@ scored_conv2d_grad_scores = _define(
     "scored_conv2d_grad_scores",
     f"Tensor grad_y, Tensor x, Tensor values, Tensor scores, Tensor? scale, bool absolute, {_CONV}",
     lambda g, x, v, scores, *_: scores.new_empty(scores.shape),
+)
+gelu_stats = _define("gelu_stats", "Tensor x", lambda x, _: x.new_empty((2, x.shape[1])))
+gelu_batch_norm = _define(
+    "gelu_batch_norm",
+    "Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps",
+    lambda x, *_: _fake_image(x),
+)
+gelu_batch_norm_grad_affine = _define(
+    "gelu_batch_norm_grad_affine",
+    "Tensor grad_y, Tensor x, Tensor stats, float eps",
+    lambda g, x, *_: x.new_empty((2, x.shape[1])),
+)
+gelu_batch_norm_grad_x = _define(
+    "gelu_batch_norm_grad_x",
+    "Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, Tensor? grad_affine, float eps",
+    lambda g, x, *_: _fake_image(x),
 )

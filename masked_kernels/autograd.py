@@ -7,6 +7,7 @@ times sign(score) where the rule ranks |score|.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -131,6 +132,47 @@ class ScoredConv2d(Function):
             None,
             None,
         )
+
+
+class GeluBatchNorm(Function):
+    """``stats`` are constants to autograd; ``of_batch`` says that they move with x all the same."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [B, C, H, W]
+        weight: Tensor | None,
+        bias: Tensor | None,
+        stats: Tensor,  # [2, C]
+        residual: Tensor | None,  # [B, C, H, W]
+        of_batch: bool,
+        eps: float,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, stats)
+        ctx.of_batch, ctx.eps, ctx.backend = of_batch, eps, backend
+        y: Tensor = _ops.gelu_batch_norm(x, stats, weight, bias, residual, eps, backend)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        x, weight, stats = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = affine = None
+        grad = grad_y
+        if x.is_contiguous(memory_format=torch.channels_last):  # copied here once, not in each op
+            grad = grad_y.contiguous(memory_format=torch.channels_last)
+        if needs_weight or needs_bias or (needs_x and ctx.of_batch):
+            affine = _ops.gelu_batch_norm_grad_affine(grad, x, stats, ctx.eps, ctx.backend)
+        if needs_x:
+            grad_x = _ops.gelu_batch_norm_grad_x(
+                grad, x, stats, weight, affine if ctx.of_batch else None, ctx.eps, ctx.backend
+            )
+        grad_weight = affine[0] if needs_weight and affine is not None else None
+        grad_bias = affine[1] if needs_bias and affine is not None else None
+        grad_residual = grad_y if ctx.needs_input_grad[4] else None
+        return grad_x, grad_weight, grad_bias, None, grad_residual, None, None, None
 
 
 def _linear_grads(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _ops
 from ._checks import check_device, check_float, check_like, check_shape, check_type, pair
-from .autograd import MaskedConv2d, MaskedLinear, ScoredConv2d, ScoredLinear
+from .autograd import GeluBatchNorm, MaskedConv2d, MaskedLinear, ScoredConv2d, ScoredLinear
 from .backends import AUTO
 from .mask import PackedMask
 from .prototype import Prototype
@@ -98,6 +98,41 @@ def scored_linear(
     y: Tensor = ScoredLinear.apply(  # type: ignore[no-untyped-call]
         _tokens(x), values, words, bias, scores, scale, rule.absolute, backend
     )
+    return _restore(y, x)
+
+
+def compact_linear(
+    x: Tensor,
+    kept: Tensor,
+    mask: PackedMask,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``masked_linear`` given only the kept values of a dense weight; inference only.
+
+    Args:
+        x: ``[..., K]``.
+        kept: the values whose bit is set, row by row, ``[mask.count()]``, dtype of x.
+        mask, bias, scale, backend: as in ``masked_linear``.
+
+    Returns:
+        ``[..., N]``. Raises ``RuntimeError`` where a gradient would be wanted.
+    """
+    x, values, bias = _autocast(x, kept, bias)
+    if values.dim() != 1:
+        raise ValueError(f"kept: got shape {tuple(values.shape)}, expected 1 dimension")
+    check_type("mask", mask, PackedMask)
+    _check_linear(x, values, "mask", mask.shape)
+    _check_operands(x, values, bias, mask.shape)
+    check_device("mask", mask.words, "x", x)
+    if _wants_grad(x, values, bias):
+        raise RuntimeError(
+            "compact_linear: got an input that requires grad, expected none: a compact weight "
+            "serves inference only; pack without compact=True, or use torch.no_grad()"
+        )
+    y = _ops.compact_linear(_tokens(x), values, mask.words, bias, _scale(scale, x), backend or AUTO)
     return _restore(y, x)
 
 
@@ -190,6 +225,88 @@ def scored_conv2d(
         kernel_size = list(scores.shape[2:])
         y = _ops.masked_conv2d(batch, values, words, bias, scale, kernel_size, *geometry, backend)
     return y if x.dim() == 4 else y.squeeze(0)
+
+
+def gelu_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``F.batch_norm(F.gelu(x), ...) + residual``, which keeps x alone for the backward.
+
+    Args:
+        x: ``[B, C, H, W]``; channels_last stays channels_last.
+        running_mean, running_var: ``[C]``, dtype of x; updated in place when training, else what x
+            is normalised by. None only when training.
+        weight, bias: ``[C]``, dtype of x, or None for 1 and 0.
+        training, momentum, eps: as in ``F.batch_norm``.
+        residual: ``[B, C, H, W]``, dtype of x, or None for 0.
+        backend: as in ``masked_linear``.
+
+    Returns:
+        ``[B, C, H, W]``. Differentiable once in x, weight, bias and residual. Raises ``ValueError``
+        when training with fewer than 2 values per channel.
+    """
+    check_float("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, C, H, W)")
+    vectors = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+    }
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_type(name, vector, Tensor)
+            check_shape(name, vector, x.shape[1:2])
+            check_like(name, vector, "x", x)
+    if residual is not None:
+        check_type("residual", residual, Tensor)
+        check_shape("residual", residual, x.shape)
+        check_like("residual", residual, "x", x)
+    backend = backend or AUTO
+    if training:
+        stats = _batch_stats(x.detach(), running_mean, running_var, momentum, backend)
+    elif running_mean is None or running_var is None:
+        raise ValueError("running_mean, running_var: got None, expected tensors unless training")
+    else:
+        stats = torch.stack([running_mean, running_var])
+    y: Tensor
+    if _wants_grad(x, weight, bias, residual):
+        y = GeluBatchNorm.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, stats, residual, training, eps, backend
+        )
+    else:
+        y = _ops.gelu_batch_norm(x, stats, weight, bias, residual, eps, backend)
+    return y
+
+
+def _batch_stats(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    backend: str,
+) -> Tensor:
+    """Mean and biased variance of GELU(x); moves the running ones, whose variance is unbiased."""
+    count = x.numel() // max(x.shape[1], 1)
+    if count < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected 2 values per channel to train")
+    stats: Tensor = _ops.gelu_stats(x, backend)
+    if running_mean is not None:
+        running_mean.lerp_(stats[0], momentum)
+    if running_var is not None:
+        running_var.lerp_(stats[1] * (count / (count - 1)), momentum)
+    return stats
 
 
 def _autocast(
@@ -322,9 +439,11 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 
 def _tokens(x: Tensor) -> Tensor:
     """``[..., K]`` as ``[M, K]``."""
+    if x.dim() == 2:
+        return x
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 def _restore(y: Tensor, x: Tensor) -> Tensor:
     """``[M, N]`` back to the leading dimensions of x."""
-    return y.view(*x.shape[:-1], y.shape[1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])

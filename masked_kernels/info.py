@@ -101,6 +101,8 @@ def _sample(op: str, dtype: torch.dtype) -> list[Any]:
             shape = (1, 1, 1, 1) if "conv2d" in op and argument.name != "words" else (1, 1)
             packed = {"words": torch.int32, "mask": torch.bool}
             arguments.append(torch.zeros(shape, dtype=packed.get(argument.name, dtype)))
+        elif kind == "List[Tensor]":
+            arguments.append([torch.zeros((1, 1), dtype=dtype)] * 2)
         elif kind.startswith("List"):
             arguments.append([1, 1])
         else:

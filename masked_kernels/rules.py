@@ -5,6 +5,7 @@ A rule is a frozen dataclass. ``rule(scores)`` is a PackedMask; the straight-thr
 """
 
 import abc
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +33,10 @@ class Rule(abc.ABC):
     @abc.abstractmethod
     def select(self, scores: Tensor, backend: str = AUTO) -> Tensor:
         """The words of the mask, int32 ``[rows, ceil(cols / 32)]``."""
+
+    def select_many(self, scores: Sequence[Tensor], backend: str = AUTO) -> list[Tensor]:
+        """``select`` of each, for the layers of a whole model."""
+        return [self.select(s, backend) for s in scores]
 
     def weight_scale(self, words: Tensor, numel: int) -> Tensor | None:
         """0-d factor of the masked weight, or None for 1."""
@@ -68,9 +73,21 @@ class TopK(Rule):
         check_fraction("density", self.density)
 
     def select(self, scores: Tensor, backend: str = AUTO) -> Tensor:
-        drop = int((1 - self.density) * scores.numel())
-        words: Tensor = _ops.select_topk(_matrix(scores), drop, self.absolute, backend)
+        words: Tensor = _ops.select_topk(
+            _matrix(scores), self._drop(scores), self.absolute, backend
+        )
         return words
+
+    def select_many(self, scores: Sequence[Tensor], backend: str = AUTO) -> list[Tensor]:
+        """``select`` of each, in one call that shares the threads among them."""
+        drops = [self._drop(s) for s in scores]
+        words: list[Tensor] = _ops.select_topk_many(
+            [_matrix(s) for s in scores], drops, self.absolute, backend
+        )
+        return words
+
+    def _drop(self, scores: Tensor) -> int:
+        return int((1 - self.density) * scores.numel())
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,9 @@ CONV = (
     Conv(stride=(2, 1), padding=(1, 2), kernel=(3, 5)),
     Conv(groups=2, padding=1),
     Conv(channels=6, outputs=6, groups=6, kernel=(5, 5), padding="same"),
+    Conv(channels=17, outputs=17, groups=17, kernel=(3, 3), padding=(0, 2)),
+    Conv(channels=20, outputs=20, groups=20, kernel=(7, 7), padding="same", size=(5, 9)),
+    Conv(channels=3, outputs=3, groups=3, kernel=(9, 9), padding="same", batch=3),
     Conv(channels=3, outputs=6, groups=3, kernel=(3, 3), padding=1),
 )
 

@@ -1,16 +1,30 @@
 """Decisions of the cpu backend: which kernel runs, and what it keeps of a mask."""
 
+import dataclasses
 import gc
+import json
+from typing import get_args
 
 import pytest
 import torch
 
-from masked_kernels import _ops, backends
+from masked_kernels import _ops
+from masked_kernels.backends import backends, explain_choice, use_backend
 
 if reason := backends()["cpu"]:
     pytest.skip(f"backend 'cpu' is unavailable: {reason}", allow_module_level=True)
 
-from masked_kernels.backends import cpu
+from masked_kernels.backends.cpu import _relaid, aligned, linear
+from masked_kernels.backends.cpu._native import isa as native_isa
+from masked_kernels.backends.cpu.plan import (
+    PLANS,
+    Bounds,
+    Plan,
+    bounds_of,
+    linear_decision,
+    linear_plan,
+    row_patterns,
+)
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
@@ -26,7 +40,10 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
         (1, 4096, 4096, 167_773, F32, "avx512", "direct"),
         (4096, 4096, 4096, 167_773, F32, "avx512", "panels"),
         (1, 4096, 4096, 4096 * 4096, F32, "avx512", "direct"),
-        (1, 4096, 4096, 4096, F32, "avx2", "direct"),
+        (1, 4096, 4096, 4096, F32, "avx2", "aligned"),
+        (4096, 4096, 4096, 4096, F32, "avx2", "aligned"),
+        (8, 4096, 4096, 167_773, F32, "avx2", "direct"),
+        (9, 4096, 4096, 167_773, F32, "avx2", "panels"),
         (1, 4096, 4096, 4096, F32, "scalar", "panels"),
         (1, 4096, 4096, 4096, F64, "avx512", "panels"),
         (1, 4096, 4096, 4096, BF16, "avx512", "aligned"),
@@ -35,31 +52,82 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
     ],
 )
 def test_linear_plan(tokens, rows, cols, period, dtype, isa, plan) -> None:
-    assert cpu.linear_plan(tokens, rows, cols, period, dtype, isa) == plan
+    assert linear_plan(tokens, rows, cols, period, dtype, isa) == plan
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "decision"),
+    [
+        ((1, 64, 64, 64), F32, ("aligned", "rows per pattern 64 ≥ 4")),
+        ((64, 64, 64, 512), F32, ("panels", "tokens 64 > 16")),  # 8 rows a pattern are too few
+        ((16, 64, 64, 50), F32, ("direct", "tokens 16 ≤ 16")),
+        ((16, 64, 2048, 50), F32, ("direct", "tokens 16 ≤ 32")),
+        ((8, 64, 64, 64 * 64), F32, ("panels", "tokens 8 > 2")),
+        ((1, 64, 64, 64 * 64), BF16, ("panels", "a dense weight in torch.bfloat16")),
+        ((64, 64, 64, 64), BF16, ("panels", "tokens 64 > 16")),  # few tokens alone
+        ((1, 64, 64, 64), F64, ("panels", "the other kernels compute in float32")),
+    ],
+)
+def test_decisions_say_why(sizes, dtype, decision) -> None:
+    bounds = Bounds(aligned_rows=(4, 16), direct_tokens=(32, 16, 2))
+    assert linear_decision(*sizes, dtype, bounds) == decision
+
+
+def test_bounds_are_shipped_for_every_isa() -> None:
+    table = json.loads(PLANS.read_text())
+    assert set(table) == {"avx512", "avx2", "scalar"}
+    for isa, fields in table.items():
+        assert bounds_of(isa) == Bounds(*map(tuple, fields.values()))
+        assert list(fields) == [field.name for field in dataclasses.fields(Bounds)]
+    assert bounds_of("some other") == Bounds()
+
+
+def test_choice_is_explained() -> None:
+    x, words = torch.randn(1, 64), _ops.pack(torch.rand(32, 64) < 0.5, "cpu")
+    arguments = (x, torch.randn(64), words, None, None)
+    plan, why = linear_decision(1, 32, 64, 64, F32, bounds_of(native_isa()))
+    with use_backend("cpu"):
+        assert explain_choice("masked_linear", *arguments) == f"cpu: {plan} ({why})"
+        assert explain_choice("pack", torch.ones(2, 2, dtype=torch.bool)) == "cpu"
+
+
+@pytest.mark.parametrize("plan", get_args(Plan))
+def test_every_plan_is_right(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the table says, so that measuring it anew cannot break results."""
+    monkeypatch.setattr(linear, "linear_plan", lambda *_: plan)
+    for tokens in (1, 3, 40):
+        x, values = torch.randn(tokens, 64), torch.randn(64)
+        mask = torch.rand(33, 64) < 0.5
+        y = _ops.masked_linear(x, values, _ops.pack(mask, "cpu"), None, None, "cpu")
+        weight = values * mask
+        truth = x.double() @ weight.double().t()
+        plain = float((torch.nn.functional.linear(x, weight).double() - truth).norm())
+        rounding = float(torch.finfo(F32).eps * truth.norm())
+        assert float((y.double() - truth).norm()) <= 2 * max(plain, rounding)
 
 
 def test_row_patterns() -> None:
-    assert cpu.row_patterns(12, 1) == cpu.row_patterns(12, 4) == cpu.row_patterns(12, 12) == 1
-    assert cpu.row_patterns(12, 36) == 3
-    assert cpu.row_patterns(12, 5) is cpu.row_patterns(12, 18) is None
-    assert cpu.row_patterns(0, 5) == cpu.row_patterns(5, 0) == 1
+    assert row_patterns(12, 1) == row_patterns(12, 4) == row_patterns(12, 12) == 1
+    assert row_patterns(12, 36) == 3
+    assert row_patterns(12, 5) is row_patterns(12, 18) is None
+    assert row_patterns(0, 5) == row_patterns(5, 0) == 1
 
 
 def test_tiles_follow_the_words() -> None:
     """Re-laid bits are kept while the mask lives, and made anew when its words change."""
     words = _ops.pack(torch.rand(32, 64) < 0.5, "cpu")
-    first = cpu._tiles(words, 64, 1)
-    assert cpu._tiles(words, 64, 1) is first
-    assert cpu._tiles(words, 64, 2).shape == first.shape
+    first = aligned._tiles(words, 64, 1)
+    assert aligned._tiles(words, 64, 1) is first
+    assert aligned._tiles(words, 64, 2).shape == first.shape
     words.zero_()
-    assert int(cpu._tiles(words, 64, 1).abs().sum()) == 0
+    assert int(aligned._tiles(words, 64, 1).abs().sum()) == 0
     with torch.inference_mode():
         fresh = _ops.pack(torch.ones(32, 64, dtype=torch.bool), "cpu")
-        kept = cpu._tiles(fresh, 64, 1)
+        kept = aligned._tiles(fresh, 64, 1)
         fresh.zero_()
-        assert int(cpu._tiles(fresh, 64, 1).abs().sum()) == 0
+        assert int(aligned._tiles(fresh, 64, 1).abs().sum()) == 0
         assert int(kept.abs().sum()) > 0
-    count = len(cpu._tiles_of)
+    count = len(_relaid._kept)
     del words
     gc.collect()
-    assert len(cpu._tiles_of) == count - 1
+    assert len(_relaid._kept) == count - 1

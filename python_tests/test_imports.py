@@ -22,7 +22,7 @@ LAYERS = {
     "rules": {"_ops", "_checks", "backends", "mask"},
     "autograd": {"_ops"},
     "functional": {"_ops", "autograd", "_checks", "backends", "mask", "prototype", "rules"},
-    "nn": {"functional", "_checks", "_text", "backends", "mask", "prototype", "rules"},
+    "nn": {"functional", "_ops", "_checks", "_text", "backends", "mask", "prototype", "rules"},
     "recipes": {"nn", "rules"},
     "models": {"nn"},
     "storage": {"_checks", "_text", "mask", "prototype", "rules", "nn", "models", "_host"},

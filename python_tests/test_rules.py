@@ -148,6 +148,21 @@ def test_nan_is_refused(rule: mk.Rule, backend: str) -> None:
             rule(scores)
 
 
+def test_select_many_is_select_of_each(backend: str) -> None:
+    """Small, large and empty layers at once, of every rule; the tensor with a NaN is named."""
+    scores = [torch.randn(shape) for shape in ((64, 8, 3, 3), (3, 0), (1100, 1001), (33,), (5, 32))]
+    for rule in (mk.TopK(0.3), mk.TopK(0.5, absolute=False), mk.Threshold(), mk.NM()):
+        many = rule.select_many(scores, backend)
+        assert all(
+            torch.equal(words, rule.select(s, backend))
+            for words, s in zip(many, scores, strict=True)
+        )
+    scores[3][7] = math.nan
+    with pytest.raises(ValueError, match=r"scores\[3\]: NaN at flat index 7;"):
+        mk.TopK().select_many(scores, backend)
+    assert mk.TopK().select_many([], backend) == []
+
+
 def test_large_selection_agrees_with_a_stable_sort(backend: str) -> None:
     """Enough scores for several threads and radix passes, with and without heavy ties."""
     for scores in (torch.randn(300, 1111), (torch.randn(300, 1111) * 3).round()):

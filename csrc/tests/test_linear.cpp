@@ -1,4 +1,5 @@
-// masked_linear and aligned_linear against loops in double, and the order of its rows.
+// masked_linear, aligned_linear and compact_linear against loops in double, and the
+// order of its rows.
 #include "testing.h"
 
 #include "row_walk.h"
@@ -58,11 +59,29 @@ void test_aligned(
   const Problem p(tokens, shape, period, has_bias, random);
   const int64_t patterns = std::max<int64_t>(period / std::max<int64_t>(shape.cols, 1), 1);
   std::vector<uint32_t> tiles(AlignedRows(shape.rows, patterns).all_blocks() *
-                              words_per_row(shape.cols) * AlignedRows::kBlock);
+                              ceil_div(shape.cols, kTileColumns) * AlignedRows::kBlock);
   aligned_tiles(p.words.data(), shape, patterns, tiles.data(), exec);
   std::vector<float> y(tokens * shape.rows, NAN);
   aligned_linear({p.x.data(), p.values.data(), period, patterns, tiles.data(), p.bias_or_null(),
                      p.scale, tokens, shape.rows, shape.cols, y.data()},
+      exec);
+  p.check(y, exec);
+}
+
+void test_compact(const Exec& exec, int64_t tokens, Shape shape, bool has_bias, Random& random) {
+  const Problem p(tokens, shape, std::max<int64_t>(shape.elements(), 1), has_bias, random);
+  std::vector<float> kept; // no more memory than there are values
+  std::vector<int64_t> starts;
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    starts.push_back(kept.size());
+    for (int64_t col = 0; col < shape.cols; ++col)
+      if (bit(p.words, shape, row, col))
+        kept.push_back(p.values[row * shape.cols + col]);
+  }
+  kept.shrink_to_fit();
+  std::vector<float> y(tokens * shape.rows, NAN);
+  compact_linear({p.x.data(), kept.data(), starts.data(), p.words.data(), p.bias_or_null(), p.scale,
+                     tokens, shape.rows, shape.cols, y.data()},
       exec);
   p.check(y, exec);
 }
@@ -108,6 +127,10 @@ int main() {
                  2 * cols - 1, shape.elements(), shape.elements() + 9})
           test_linear(exec, tokens, shape, period, tokens % 2 == 0, random);
     }
+    for (const int64_t cols : kCols)
+      for (const int64_t rows : {0, 1, 4, 13})
+        for (const int64_t tokens : {0, 1, 2, 3, 4, 5, 6, 7, 13})
+          test_compact(exec, tokens, {rows, cols}, tokens % 2 == 0, random);
     for (const int64_t cols : kCols)
       for (const int64_t rows : {1, 16, 37, 150})
         for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 40})

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
+#include <utility>
 
 using namespace testing;
 
@@ -16,15 +16,15 @@ constexpr float kTiny = std::numeric_limits<float>::denorm_min();
 
 using Mask = std::vector<bool>;
 
-// Indices [begin, end) from the smallest score on; equals keep their order.
-std::vector<int64_t> ranking(
-    const std::vector<float>& scores, int64_t begin, int64_t end, bool absolute) {
-  std::vector<int64_t> order(end - begin);
-  std::iota(order.begin(), order.end(), begin);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return absolute ? std::abs(scores[a]) < std::abs(scores[b]) : scores[a] < scores[b];
-  });
-  return order;
+// Clears the `drop` smallest of scores [begin, end), of equal ones those that come first.
+void drop_smallest(const std::vector<float>& scores, int64_t begin, int64_t end, int64_t drop,
+    bool absolute, Mask& kept) {
+  std::vector<std::pair<float, int64_t>> order;
+  for (int64_t i = begin; i < end; ++i)
+    order.emplace_back(absolute ? std::abs(scores[i]) : scores[i], i);
+  std::nth_element(order.begin(), order.begin() + drop, order.end());
+  for (int64_t i = 0; i < drop; ++i)
+    kept[order[i].second] = false;
 }
 
 void check_words(
@@ -40,9 +40,7 @@ void check_words(
 void test_topk(
     const Exec& exec, const std::vector<float>& scores, Shape shape, int64_t drop, bool absolute) {
   Mask kept(shape.elements(), true);
-  const std::vector<int64_t> order = ranking(scores, 0, shape.elements(), absolute);
-  for (int64_t i = 0; i < drop; ++i)
-    kept[order[i]] = false;
+  drop_smallest(scores, 0, shape.elements(), drop, absolute, kept);
   std::vector<uint32_t> words(shape.words(), ~0u);
   CHECK(select_topk({scores.data(), shape, drop, absolute, words.data()}, exec) == -1,
       name(exec.isa));
@@ -62,13 +60,11 @@ void test_threshold(
 
 void test_nm(const Exec& exec, const std::vector<float>& scores, Shape shape, int64_t n, int64_t m,
     bool absolute) {
-  Mask kept(shape.elements());
+  Mask kept(shape.elements(), true);
   for (int64_t row = 0; row < shape.rows; ++row)
     for (int64_t col = 0; col < shape.cols; col += m) {
       const int64_t begin = row * shape.cols + col, count = std::min(m, shape.cols - col);
-      const std::vector<int64_t> order = ranking(scores, begin, begin + count, absolute);
-      for (int64_t i = std::max<int64_t>(0, count - n); i < count; ++i)
-        kept[order[i]] = true;
+      drop_smallest(scores, begin, begin + count, std::max<int64_t>(0, count - n), absolute, kept);
     }
   std::vector<uint32_t> words(shape.words(), ~0u);
   CHECK(
@@ -122,12 +118,53 @@ void test_all(const Exec& exec, Shape shape, Random& random) {
     test_nan(exec, random.floats(n), shape);
 }
 
-// Every element that select_topk's sample sees is far larger than the rest: its guess must miss.
+// Every line that select_topk's sample sees is far larger than the rest: its guess must miss.
 std::vector<float> misleading(int64_t count, Random& random) {
+  constexpr int64_t kLine = 16;
   std::vector<float> scores = random.floats(count);
-  for (int64_t i = 0; i < count; i += count / (1 << 13))
-    scores[i] = 1e9f;
+  for (uint32_t i = 0; i < count / 32 / kLine; ++i) {
+    const auto line = static_cast<int64_t>(uint64_t{i * 0x9e3779b9u} * (count / kLine) >> 32);
+    std::fill_n(&scores[line * kLine], kLine, 1e9f);
+  }
   return scores;
+}
+
+// Too many equal scores around the median to put them all aside, or so many of them that they just
+// fit; and rows of very different size.
+std::vector<float> crowded(int64_t count, uint32_t one_in, Random& random) {
+  std::vector<float> scores = random.floats(count);
+  for (float& score : scores)
+    if (random.bits() % one_in == 0)
+      score = random.bits() % 2 ? 0.6745f : -0.6745f;
+  return scores;
+}
+std::vector<float> growing(int64_t count, Random& random) {
+  std::vector<float> scores = random.floats(count);
+  for (int64_t i = 0; i < count; ++i)
+    scores[i] *= static_cast<float>(i);
+  return scores;
+}
+
+void test_topk_many(const Exec& exec, Random& random) {
+  const Shape shapes[] = {{3, 33}, {1, 1'100'000}, {0, 4}, {1, 1}, {64, 64}, {700, 300}, {5, 0}};
+  std::vector<std::vector<float>> scores;
+  std::vector<std::vector<uint32_t>> words, expected;
+  std::vector<SelectTopk> all;
+  for (const Shape shape : shapes) {
+    scores.push_back(random.floats(shape.elements()));
+    words.emplace_back(shape.words(), ~0u);
+    expected.emplace_back(shape.words(), ~0u);
+    const int64_t drop = shape.elements() / 3;
+    select_topk({scores.back().data(), shape, drop, true, expected.back().data()}, exec);
+    all.push_back({scores.back().data(), shape, drop, true, words.back().data()});
+  }
+  std::vector<int64_t> nans(all.size());
+  select_topk_many(all.data(), all.size(), nans.data(), exec);
+  CHECK(words == expected, name(exec.isa), exec.parallel.threads());
+  CHECK(nans == std::vector<int64_t>(all.size(), -1), name(exec.isa));
+  scores[0][7] = scores[1][99] = kNaN;
+  select_topk_many(all.data(), all.size(), nans.data(), exec);
+  CHECK((nans == std::vector<int64_t>{7, 99, -1, -1, -1, -1, -1}), name(exec.isa));
 }
 
 } // namespace
@@ -142,16 +179,20 @@ int main() {
       test_all(exec, empty, random);
     // Large enough for several tasks, joined rows and padded ones.
     for (const Shape shape : {Shape{1, 300'001}, Shape{40'000, 9}, Shape{300, 1024}}) {
-      const std::vector<float> scores = random.floats(shape.elements());
-      const std::vector<float> equal(shape.elements(), 0.0f);
+      const int64_t count = shape.elements();
+      const std::vector<float> scores = random.floats(count);
       for (const bool absolute : {false, true}) {
-        test_topk(exec, scores, shape, shape.elements() / 2, absolute);
-        test_topk(exec, equal, shape, shape.elements() / 2, absolute);
-        test_topk(
-            exec, misleading(shape.elements(), random), shape, shape.elements() / 2, absolute);
+        for (const int64_t drop : {int64_t{0}, int64_t{1}, count / 10, count / 2, count - 1, count})
+          test_topk(exec, scores, shape, drop, absolute);
+        for (const std::vector<float>& kind :
+            {std::vector<float>(count, -0.0f), misleading(count, random), growing(count, random),
+                crowded(count, 2, random), crowded(count, 8, random), crowded(count, 100, random)})
+          for (const int64_t drop : {count / 2, 3 * count / 4})
+            test_topk(exec, kind, shape, drop, absolute);
         test_nm(exec, scores, shape, 2, 4, absolute);
       }
       test_nan(exec, scores, shape);
     }
+    test_topk_many(exec, random);
   });
 }

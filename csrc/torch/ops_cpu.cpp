@@ -1,5 +1,5 @@
 // The CPU kernels as torch operators `masked_kernels_cpu::*`, on torch's stable ABI. Arguments are
-// contiguous; backends/cpu.py sees to it. The checks here guard memory, not users.
+// contiguous; backends/cpu sees to it. The checks here guard memory, not users.
 #include "masked_kernels/kernels.h"
 
 #include <torch/csrc/stable/library.h>
@@ -7,9 +7,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
+#include <vector>
 
 namespace masked_kernels {
 namespace {
@@ -77,6 +80,20 @@ const float* floats_of(const char* what, const Tensor& t, int64_t count) {
   return t.const_data_ptr<float>();
 }
 
+// The pixels [B * H * W, C] of a channels_last image [B, C, H, W] of the size of `like`.
+const float* pixels_of(const char* what, const Tensor& t, const Tensor& like) {
+  check(t.is_cpu() && t.scalar_type() == ScalarType::Float, what, ": not a float CPU tensor");
+  check(t.dim() == 4, what, ": ", t.dim(), " dimensions, expected 4");
+  int64_t stride = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    check(t.size(dim) == like.size(dim), what, ": size of another image");
+    check(
+        t.size(dim) <= 1 || t.numel() == 0 || t.stride(dim) == stride, what, ": not channels_last");
+    stride *= t.size(dim);
+  }
+  return t.const_data_ptr<float>();
+}
+
 float scale_of(const OptionalTensor& scale) {
   return scale ? *floats_of("scale", *scale, 1) : 1.0f;
 }
@@ -136,12 +153,37 @@ Scores scores_of(const Tensor& scores) {
       empty({shape.rows, words_per_row(shape.cols)}, ScalarType::Int)};
 }
 
+void check_drop(int64_t drop, Shape shape) {
+  check(drop >= 0 && drop <= shape.elements(), "drop: got ", drop, ", expected 0 to ",
+      shape.elements());
+}
+
 Selected select_topk_op(const Tensor& scores, int64_t drop, bool absolute) {
   Scores s = scores_of(scores);
-  check(drop >= 0 && drop <= s.shape.elements(), "drop: got ", drop, ", expected 0 to ",
-      s.shape.elements());
+  check_drop(drop, s.shape);
   const int64_t nan = select_topk({s.data, s.shape, drop, absolute, new_words(s.words)}, exec());
   return {s.words, nan};
+}
+
+// The words of all, then which of the tensors holds a NaN, and where, or -1.
+std::tuple<std::vector<Tensor>, int64_t, int64_t> select_topk_many_op(
+    const std::vector<Tensor>& scores, const std::vector<int64_t>& drops, bool absolute) {
+  check(drops.size() == scores.size(), "drops: got ", drops.size(), " numbers for ", scores.size(),
+      " tensors");
+  std::vector<Tensor> words;
+  std::vector<SelectTopk> params;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    Scores s = scores_of(scores[i]);
+    check_drop(drops[i], s.shape);
+    params.push_back({s.data, s.shape, drops[i], absolute, new_words(s.words)});
+    words.push_back(std::move(s.words));
+  }
+  std::vector<int64_t> nans(params.size());
+  select_topk_many(params.data(), static_cast<int64_t>(params.size()), nans.data(), exec());
+  const auto nan = std::find_if(nans.begin(), nans.end(), [](int64_t i) { return i >= 0; });
+  if (nan == nans.end())
+    return {words, -1, -1};
+  return {words, nan - nans.begin(), *nan};
 }
 
 Selected select_threshold_op(const Tensor& scores, double threshold) {
@@ -195,31 +237,111 @@ Tensor aligned_tiles_op(const Tensor& words, int64_t cols, int64_t patterns) {
   const Shape shape{words.size(0), cols};
   check(patterns >= 1, "patterns: got ", patterns, ", expected at least 1");
   const int64_t blocks = AlignedRows(shape.rows, patterns).all_blocks();
-  Tensor tiles = empty({blocks, words_per_row(cols), AlignedRows::kBlock}, ScalarType::Int);
+  Tensor tiles =
+      empty({blocks, ceil_div(cols, kTileColumns), AlignedRows::kBlock}, ScalarType::Int);
   aligned_tiles(bits, shape, patterns, new_words(tiles), exec());
   return tiles;
 }
 
-Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
-    const OptionalTensor& bias, const OptionalTensor& scale) {
-  const Shape shape = matrix("x", x);
-  const float* input = floats_of("x", x, shape.elements());
+// affine [4, channels] holds the gain and shift before and after the activation; residual has the
+// shape of the outputs.
+Epilogue epilogue_of(const Tensor& affine, const std::string& activation,
+    const OptionalTensor& residual, int64_t outputs, int64_t channels) {
+  const float* rows = floats_of("affine", affine, 4 * channels);
+  check(activation == "identity" || activation == "gelu" || activation == "relu",
+      "activation: got ", activation, ", expected identity, gelu or relu");
+  return {{rows, rows + channels}, {rows + 2 * channels, rows + 3 * channels},
+      activation == "gelu"   ? Activation::gelu
+      : activation == "relu" ? Activation::relu
+                             : Activation::identity,
+      residual ? floats_of("residual", *residual, outputs) : nullptr};
+}
+
+AlignedLinear aligned_of(
+    const Tensor& x, Shape shape, const Tensor& values, const Tensor& tiles, int64_t rows) {
   const int64_t period = period_of(values, rows * shape.cols);
   const int64_t patterns = std::max<int64_t>(period / std::max<int64_t>(shape.cols, 1), 1);
   check(shape.cols % period == 0 || period == patterns * shape.cols, "values: period ", period,
       " does not align with rows of ", shape.cols);
   check_dense("tiles", tiles, ScalarType::Int);
-  const int64_t count =
-      AlignedRows(rows, patterns).all_blocks() * words_per_row(shape.cols) * AlignedRows::kBlock;
+  const int64_t count = AlignedRows(rows, patterns).all_blocks() *
+                        ceil_div(shape.cols, kTileColumns) * AlignedRows::kBlock;
   check(tiles.numel() == count, "tiles: ", tiles.numel(), " words, expected ", count);
-  const float* weights = floats_of("values", values, values.numel());
+  return {floats_of("x", x, shape.elements()), floats_of("values", values, values.numel()), period,
+      patterns, static_cast<const uint32_t*>(tiles.const_data_ptr()), nullptr, 1.0f, shape.rows,
+      rows, shape.cols, nullptr};
+}
+
+Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
+    const OptionalTensor& bias, const OptionalTensor& scale) {
+  AlignedLinear params = aligned_of(x, matrix("x", x), values, tiles, rows);
+  params.bias = bias ? floats_of("bias", *bias, rows) : nullptr;
+  params.scale = scale_of(scale);
+  Tensor y = empty({params.tokens, rows}, ScalarType::Float);
+  params.y = y.mutable_data_ptr<float>();
+  aligned_linear(params, exec());
+  return y;
+}
+
+Tensor compact_linear_op(const Tensor& x, const Tensor& kept, const Tensor& starts,
+    const Tensor& words, const OptionalTensor& bias, const OptionalTensor& scale) {
+  const Shape shape = matrix("x", x);
+  const float* input = floats_of("x", x, shape.elements());
+  const uint32_t* bits = words_of(words, shape.cols);
+  const int64_t rows = words.size(0);
+  check_dense("starts", starts, ScalarType::Long);
+  check(starts.numel() == rows, "starts: ", starts.numel(), " rows, expected ", rows);
   const float* added = bias ? floats_of("bias", *bias, rows) : nullptr;
   Tensor y = empty({shape.rows, rows}, ScalarType::Float);
-  aligned_linear(
-      {input, weights, period, patterns, static_cast<const uint32_t*>(tiles.const_data_ptr()),
-          added, scale_of(scale), shape.rows, rows, shape.cols, y.mutable_data_ptr<float>()},
+  compact_linear(
+      {input, floats_of("kept", kept, kept.numel()), starts.const_data_ptr<int64_t>(), bits, added,
+          scale_of(scale), shape.rows, rows, shape.cols, y.mutable_data_ptr<float>()},
       exec());
   return y;
+}
+
+// aligned_linear over the pixels of x [B, H, W, C], with an epilogue, to y [B, H, W, rows].
+Tensor aligned_linear_fused_op(const Tensor& x, const Tensor& values, const Tensor& tiles,
+    int64_t rows, const Tensor& affine, const std::string& activation,
+    const OptionalTensor& residual) {
+  check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
+  const Shape shape{x.size(0) * x.size(1) * x.size(2), x.size(3)};
+  AlignedLinear params = aligned_of(x, shape, values, tiles, rows);
+  check(params.patterns == 1, "values: ", params.patterns, " row patterns, expected 1");
+  Tensor y = empty({x.size(0), x.size(1), x.size(2), rows}, ScalarType::Float);
+  params.y = y.mutable_data_ptr<float>();
+  params.epilogue = epilogue_of(affine, activation, residual, y.numel(), rows);
+  aligned_linear(params, exec());
+  return y;
+}
+
+// x and y are [B, H, W, C].
+Tensor depthwise_fused_op(const Tensor& x, const Tensor& values, const Tensor& words,
+    int64_t kernel_h, int64_t kernel_w, int64_t pad_h, int64_t pad_w, const Tensor& affine,
+    const std::string& activation, const OptionalTensor& residual) {
+  check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
+  check(kernel_h >= 1 && kernel_w >= 1 && pad_h >= 0 && pad_w >= 0, "kernel, padding: got ",
+      kernel_h, "x", kernel_w, ", ", pad_h, "x", pad_w, ", expected at least 1 and 0");
+  const int64_t channels = x.size(3), taps = kernel_h * kernel_w;
+  check(words.dim() == 2 && words.size(0) == channels, "words: expected ", channels, " rows");
+  DepthwiseConv2d params{floats_of("x", x, x.numel()), floats_of("values", values, values.numel()),
+      period_of(values, channels * taps), words_of(words, taps), x.size(0), channels, x.size(1),
+      x.size(2), kernel_h, kernel_w, pad_h, pad_w, nullptr, {}};
+  check(params.out_height() >= 1 && params.out_width() >= 1, "x: smaller than the kernel");
+  Tensor y =
+      empty({x.size(0), params.out_height(), params.out_width(), channels}, ScalarType::Float);
+  params.y = y.mutable_data_ptr<float>();
+  params.epilogue = epilogue_of(affine, activation, residual, y.numel(), channels);
+  depthwise_conv2d(params, exec());
+  return y;
+}
+
+void finish_op(
+    Tensor y, const Tensor& affine, const std::string& activation, const OptionalTensor& residual) {
+  const Shape shape = matrix("y", y);
+  floats_of("y", y, shape.elements());
+  finish(epilogue_of(affine, activation, residual, shape.elements(), shape.cols), shape.rows,
+      shape.cols, y.mutable_data_ptr<float>(), exec());
 }
 
 void scored_grad_op(
@@ -250,6 +372,58 @@ Tensor depthwise_grad_op(
   return grad_weight;
 }
 
+// x [B, C, H, W] channels_last; stats [2, C] are mean and biased variance
+GeluBatchNorm norm_of(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps) {
+  const int64_t channels = x.dim() == 4 ? x.size(1) : 0;
+  const float* mean = floats_of("stats", stats, 2 * channels);
+  return {pixels_of("x", x, x), x.numel() / std::max<int64_t>(channels, 1), channels, mean,
+      mean + channels, weight ? floats_of("weight", *weight, channels) : nullptr,
+      bias ? floats_of("bias", *bias, channels) : nullptr, static_cast<float>(eps)};
+}
+
+Tensor gelu_stats_op(const Tensor& x) {
+  const float* pixels = pixels_of("x", x, x);
+  check(x.numel() > 0, "x: no pixels");
+  const int64_t channels = x.size(1);
+  Tensor stats = empty({2, channels}, ScalarType::Float);
+  float* mean = stats.mutable_data_ptr<float>();
+  gelu_stats(pixels, x.numel() / channels, channels, mean, mean + channels, exec());
+  return stats;
+}
+
+Tensor gelu_batch_norm_op(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, double eps) {
+  const GeluBatchNorm params = norm_of(x, stats, weight, bias, eps);
+  Tensor y = torch::stable::empty_like(x);
+  gelu_batch_norm(params, residual ? pixels_of("residual", *residual, x) : nullptr,
+      y.mutable_data_ptr<float>(), exec());
+  return y;
+}
+
+// The gradients of weight and bias, [2, C].
+Tensor gelu_batch_norm_grad_affine_op(
+    const Tensor& grad_y, const Tensor& x, const Tensor& stats, double eps) {
+  const GeluBatchNorm params = norm_of(x, stats, std::nullopt, std::nullopt, eps);
+  Tensor grad = empty({2, params.channels}, ScalarType::Float);
+  float* grad_weight = grad.mutable_data_ptr<float>();
+  gelu_batch_norm_grad_affine(
+      params, pixels_of("grad_y", grad_y, x), grad_weight, grad_weight + params.channels, exec());
+  return grad;
+}
+
+Tensor gelu_batch_norm_grad_x_op(const Tensor& grad_y, const Tensor& x, const Tensor& stats,
+    const OptionalTensor& weight, const OptionalTensor& grad_affine, double eps) {
+  const GeluBatchNorm params = norm_of(x, stats, weight, std::nullopt, eps);
+  const float* grad_weight =
+      grad_affine ? floats_of("grad_affine", *grad_affine, 2 * params.channels) : nullptr;
+  Tensor grad_x = torch::stable::empty_like(x);
+  gelu_batch_norm_grad_x(params, pixels_of("grad_y", grad_y, x), grad_weight,
+      grad_weight ? grad_weight + params.channels : nullptr, grad_x.mutable_data_ptr<float>(),
+      exec());
+  return grad_x;
+}
+
 std::string isa_op() {
   return name(active_isa());
 }
@@ -263,6 +437,7 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("popcount(Tensor words) -> Tensor");
   m.def("transpose(Tensor words, int cols) -> Tensor");
   m.def("select_topk(Tensor scores, int drop, bool absolute) -> (Tensor, int)");
+  m.def("select_topk_many(Tensor[] scores, int[] drops, bool absolute) -> (Tensor[], int, int)");
   m.def("select_threshold(Tensor scores, float threshold) -> (Tensor, int)");
   m.def("select_nm(Tensor scores, int n, int m, bool absolute) -> (Tensor, int)");
   m.def("decode_(Tensor(a!) out, Tensor values, Tensor words, int row) -> ()");
@@ -271,12 +446,26 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("aligned_tiles(Tensor words, int cols, int patterns) -> Tensor");
   m.def("aligned_linear(Tensor x, Tensor values, Tensor tiles, int rows, Tensor? bias, "
         "Tensor? scale) -> Tensor");
+  m.def("compact_linear(Tensor x, Tensor kept, Tensor starts, Tensor words, Tensor? bias, "
+        "Tensor? scale) -> Tensor");
+  m.def("aligned_linear_fused(Tensor x, Tensor values, Tensor tiles, int rows, Tensor affine, "
+        "str activation, Tensor? residual) -> Tensor");
+  m.def("depthwise_fused(Tensor x, Tensor values, Tensor words, int kernel_h, int kernel_w, "
+        "int pad_h, int pad_w, Tensor affine, str activation, Tensor? residual) -> Tensor");
+  m.def("finish_(Tensor(a!) y, Tensor affine, str activation, Tensor? residual) -> ()");
   m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
+  m.def("gelu_stats(Tensor x) -> Tensor");
+  m.def("gelu_batch_norm(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, "
+        "float eps) -> Tensor");
+  m.def("gelu_batch_norm_grad_affine(Tensor grad_y, Tensor x, Tensor stats, float eps) -> Tensor");
+  m.def("gelu_batch_norm_grad_x(Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, "
+        "Tensor? grad_affine, float eps) -> Tensor");
   m.def("depthwise_grad(Tensor grad_y, Tensor x, int kernel, int pad_h, int pad_w) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa_op));
+  m.impl("select_topk_many", TORCH_BOX(&select_topk_many_op)); // a list may be empty: no CPU key
 }
 
 STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
@@ -291,7 +480,15 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("masked_linear", TORCH_BOX(&masked_linear_op));
   m.impl("aligned_tiles", TORCH_BOX(&aligned_tiles_op));
   m.impl("aligned_linear", TORCH_BOX(&aligned_linear_op));
+  m.impl("compact_linear", TORCH_BOX(&compact_linear_op));
+  m.impl("aligned_linear_fused", TORCH_BOX(&aligned_linear_fused_op));
+  m.impl("depthwise_fused", TORCH_BOX(&depthwise_fused_op));
+  m.impl("finish_", TORCH_BOX(&finish_op));
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));
+  m.impl("gelu_stats", TORCH_BOX(&gelu_stats_op));
+  m.impl("gelu_batch_norm", TORCH_BOX(&gelu_batch_norm_op));
+  m.impl("gelu_batch_norm_grad_affine", TORCH_BOX(&gelu_batch_norm_grad_affine_op));
+  m.impl("gelu_batch_norm_grad_x", TORCH_BOX(&gelu_batch_norm_grad_x_op));
   m.impl("depthwise_grad", TORCH_BOX(&depthwise_grad_op));
 }
 

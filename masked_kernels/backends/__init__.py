@@ -1,8 +1,9 @@
 """Which backend runs an op, and why not the others.
 
 A backend is a module of this folder with functions named after the ops of ``_ops.py``,
-``why_unavailable() -> str | None`` and ``why_not(op, *args) -> str | None``. Listing its name in
-``ORDER`` is all the registration there is.
+``why_unavailable() -> str | None`` and ``why_not(op, *args) -> str | None``; one that chooses among
+kernels has ``kernel_choice(op, *args) -> str | None`` too. Listing its name in ``ORDER`` is all the
+registration there is.
 """
 
 import functools
@@ -95,9 +96,7 @@ def choose(op: str, argument: str, *args: Any) -> str:
         if reason := why_not(name, op, *args):
             raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
         return name
-    for candidate in ORDER:
-        if why_unavailable(candidate) is not None:
-            continue
+    for candidate in _usable(ORDER):
         reason = _module(candidate).why_not(op, *args)
         if reason is None:
             return candidate
@@ -116,6 +115,23 @@ def why_not(name: str, op: str, *args: Any) -> str | None:
 def explain(op: str, *args: Any) -> dict[str, str | None]:
     """Every backend's name, best first, to None if it can run the call or the reason why not."""
     return {name: why_not(name, op, *args) for name in ORDER}
+
+
+def explain_choice(op: str, *args: Any, backend: str = AUTO) -> str:
+    """The backend that would run the call, and, where it chooses among kernels, which and why:
+    ``"cpu: aligned (rows per pattern 4096 ≥ 16)"``.
+
+    Raises ``BackendError`` if none can.
+    """
+    name = choose(op, backend, *args)
+    kernel_choice = getattr(_module(name), "kernel_choice", None)
+    chosen = None if kernel_choice is None else kernel_choice(op, *args)
+    return name if chosen is None else f"{name}: {chosen}"
+
+
+@functools.cache
+def _usable(order: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in order if why_unavailable(name) is None)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from ._epilogue import finished
 from ._layout import conv_memory_format, words_per_row
 
 
@@ -46,10 +47,14 @@ def transpose(words: Tensor, cols: int) -> Tensor:
 
 
 def select_topk(scores: Tensor, drop: int, absolute: bool) -> Tensor:
-    keys = _keys(scores, absolute).flatten()
-    mask = torch.ones_like(keys, dtype=torch.bool)
-    mask[keys.argsort(stable=True)[:drop]] = False
-    return pack(mask.view(scores.shape))
+    return _select_topk(scores, drop, absolute, "scores")
+
+
+def select_topk_many(scores: list[Tensor], drops: list[int], absolute: bool) -> list[Tensor]:
+    return [
+        _select_topk(s, drop, absolute, f"scores[{i}]")
+        for i, (s, drop) in enumerate(zip(scores, drops, strict=True))
+    ]
 
 
 def select_threshold(scores: Tensor, threshold: float) -> Tensor:
@@ -93,6 +98,16 @@ def scored_linear_grad_scores(
     return _grad_scores(grad_y.t() @ x, values, scores, scale, absolute)
 
 
+def compact_linear(
+    x: Tensor, kept: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    mask = unpack(words, x.shape[1])
+    if kept.numel() != (count := int(mask.sum())):
+        raise ValueError(f"kept: got {kept.numel()} values, expected {count}, as many as set bits")
+    weight = kept.new_zeros(mask.shape).masked_scatter_(mask, kept)
+    return F.linear(x, _scaled(weight, scale), bias)
+
+
 def masked_conv2d(
     x: Tensor,
     values: Tensor,
@@ -108,6 +123,23 @@ def masked_conv2d(
     weight = _conv_weight(values, words, scale, x.shape[1] // groups, kernel_size)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return y.contiguous(memory_format=conv_memory_format(x))
+
+
+def masked_conv2d_fused(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    affine: Tensor,
+    activation: str,
+    residual: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    y = masked_conv2d(x, values, words, None, None, kernel_size, stride, padding, dilation, groups)
+    return finished(y, affine, activation, residual)
 
 
 def masked_conv2d_grad_x(
@@ -160,10 +192,77 @@ def scored_conv2d_grad_scores(
     return _grad_scores(grad, values, scores, scale, absolute).contiguous()
 
 
-def _keys(scores: Tensor, absolute: bool) -> Tensor:
+def gelu_stats(x: Tensor) -> Tensor:
+    var, mean = torch.var_mean(F.gelu(x), _over_pixels(x), correction=0)
+    return torch.stack([mean, var])
+
+
+def gelu_batch_norm(
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> Tensor:
+    y = _normalised(x, stats, eps)
+    if weight is not None:
+        y = y * _per_channel(weight, x)
+    if bias is not None:
+        y = y + _per_channel(bias, x)
+    if residual is not None:
+        y = y + residual
+    return y.contiguous(memory_format=conv_memory_format(x))
+
+
+def gelu_batch_norm_grad_affine(grad_y: Tensor, x: Tensor, stats: Tensor, eps: float) -> Tensor:
+    grad_weight = (grad_y * _normalised(x, stats, eps)).sum(_over_pixels(x))
+    return torch.stack([grad_weight, grad_y.sum(_over_pixels(x))])
+
+
+def gelu_batch_norm_grad_x(
+    grad_y: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    grad_affine: Tensor | None,
+    eps: float,
+) -> Tensor:
+    grad = grad_y
+    if grad_affine is not None:  # mean and variance move with x
+        grad_weight, grad_bias = (_per_channel(t, x) for t in grad_affine)
+        pixels = x.numel() // max(x.shape[1], 1)
+        grad = grad - (grad_bias + _normalised(x, stats, eps) * grad_weight) / pixels
+    factor = (stats[1] + eps).rsqrt()
+    grad = grad * _per_channel(factor if weight is None else factor * weight, x)
+    grad_x: Tensor = torch.ops.aten.gelu_backward(grad, x)
+    return grad_x.contiguous(memory_format=conv_memory_format(x))
+
+
+def _over_pixels(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    return t.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _normalised(x: Tensor, stats: Tensor, eps: float) -> Tensor:
+    mean, var = stats
+    return (F.gelu(x) - _per_channel(mean, x)) * _per_channel((var + eps).rsqrt(), x)
+
+
+def _select_topk(scores: Tensor, drop: int, absolute: bool, name: str) -> Tensor:
+    keys = _keys(scores, absolute, name).flatten()
+    mask = torch.ones_like(keys, dtype=torch.bool)
+    mask[keys.argsort(stable=True)[:drop]] = False
+    return pack(mask.view(scores.shape))
+
+
+def _keys(scores: Tensor, absolute: bool, name: str = "scores") -> Tensor:
     if (nan := scores.isnan()).any():
         index = int(nan.flatten().int().argmax())
-        raise ValueError(f"scores: NaN at flat index {index}; scores must not contain NaN")
+        raise ValueError(f"{name}: NaN at flat index {index}; scores must not contain NaN")
     return scores.abs() if absolute else scores
 
 

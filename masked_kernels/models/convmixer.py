@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn import FusedSequential, Residual
 from .registry import register_model
 
 
@@ -43,22 +44,21 @@ class ConvMixer(nn.Module):
         return logits
 
 
-class ConvMixerBlock(nn.Module):
+class ConvMixerBlock(nn.Sequential):
+    """``[B, dim, H, W]`` to the same: a residual depthwise and a pointwise convolution."""
+
     def __init__(self, dim: int, kernel_size: int) -> None:
         super().__init__()
-        self.depthwise = _conv_gelu_norm(dim, dim, kernel_size, padding="same", groups=dim)
+        self.depthwise = Residual(
+            *_conv_gelu_norm(dim, dim, kernel_size, padding="same", groups=dim)
+        )
         self.pointwise = _conv_gelu_norm(dim, dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, dim, H, W]`` to the same."""
-        y: Tensor = self.pointwise(x + self.depthwise(x))
-        return y
 
 
 def _conv_gelu_norm(
     in_channels: int, out_channels: int, kernel_size: int, **conv: Any
-) -> nn.Sequential:
-    return nn.Sequential(
+) -> FusedSequential:
+    return FusedSequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, bias=False, **conv),
         nn.GELU(),
         nn.BatchNorm2d(out_channels),

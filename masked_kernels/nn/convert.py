@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from .._checks import check_type
 from ..prototype import Prototype, prototype_period
 from ._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
+from .compact import compact_layer
 from .config import MaskConfig
 from .masked import MaskedConv2d, MaskedLinear, _MaskedLayer
-from .packed import pack_layer
+from .packed import PackedLinear, pack_layer
+from .packed_sequential import PackedSequential, is_fusable
 
 FilterFn = Callable[[str, nn.Module], bool]
 
@@ -64,18 +66,49 @@ def mask_model_(
     return ConversionReport({name: repr(masked[plain]) for name, plain in targets.items()}, skipped)
 
 
-def pack_model_(model: nn.Module) -> ConversionReport:
+def pack_model_(model: nn.Module, compact: bool = False) -> ConversionReport:
     """Replace every masked layer by its packed form (bits and values), in place, with the same
     outputs.
+
+    An ``nn.Sequential`` or Residual inside the model that holds a convolution followed by
+    BatchNorm2d, GELU or ReLU becomes a PackedSequential, which runs them as one op: the same
+    outputs up to rounding.
+
+    Args:
+        model: a module that contains the layers.
+        compact: keep of a linear layer's dense weight only what its mask keeps (``CompactLinear``):
+            less memory, and faster for few tokens.
     """
-    return _convert(model, _MaskedLayer, pack_layer)
+    report = _convert(model, _MaskedLayer, pack_layer)
+    converted = report.converted
+    if compact:
+        dense = {
+            layer: compact_layer(layer)
+            for layer in model.modules()
+            if type(layer) is PackedLinear and layer.weight is not None
+        }
+        converted |= {name: repr(dense[m]) for name, m in model.named_modules() if m in dense}
+        _replace(model, dense)
+    fuse_(model)
+    return ConversionReport(converted, report.skipped)
+
+
+def fuse_(model: nn.Module) -> None:
+    """Make every sequence that can run packed layers as one op a PackedSequential, in place."""
+    for module in reversed(list(model.modules())):  # the inner ones first
+        if module is not model and is_fusable(module):
+            _replace(model, {module: PackedSequential(module)})  # type: ignore[arg-type]
 
 
 def materialize_(model: nn.Module) -> ConversionReport:
     """Replace every masked or packed layer by a plain ``nn.Linear`` or ``nn.Conv2d``, in place,
     with the same outputs.
     """
-    return _convert(model, FrozenLayer, lambda layer: layer.to_plain())
+    report = _convert(model, FrozenLayer, lambda layer: layer.to_plain())
+    for module in reversed(list(model.modules())):
+        if isinstance(module, PackedSequential):
+            _replace(model, {module: module.to_plain()})
+    return report
 
 
 def _convert(

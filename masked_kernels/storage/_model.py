@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..nn._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
 from ..nn.packed import PackedConv2d, PackedLinear
+from ..prototype import Prototype
 
 PACKED: dict[str, type[PackedLinear] | type[PackedConv2d]] = {
     "linear": PackedLinear,
@@ -28,9 +29,8 @@ def geometry_of(kind: str, module: Any) -> dict[str, Any]:
 
 def values_of(module: Any) -> Tensor:
     """The dense weight or the prototype's values of a plain, masked or packed layer."""
-    prototype = getattr(module, "prototype", None)
-    values: Tensor = module.weight if prototype is None else prototype.values
-    return values
+    values = module.values if isinstance(module, FrozenLayer) else module.weight
+    return values.values if isinstance(values, Prototype) else values
 
 
 def frozen_layers(model: nn.Module) -> dict[str, FrozenLayer]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.registry import create_model
-from ..nn.convert import _replace
+from ..nn.convert import _replace, fuse_
 from ..nn.packed import PackedConv2d, PackedLinear
 from ..prototype import Prototype
 from ._model import PACKED, frozen_layers, geometry_of, kind_of, state_outside, values_of
@@ -49,6 +49,7 @@ def load_masked(path: str | os.PathLike[str], into: nn.Module | None = None) -> 
         for name, tensor in state.items():
             tensor.copy_(contents.require(f"state/{name}"))
     _replace(model, packed)
+    fuse_(model)
     return model.eval()
 
 

@@ -40,6 +40,9 @@ struct SelectTopk {
 };
 int64_t select_topk(const SelectTopk& params, const Exec& exec);
 
+// The same for several tensors at once, which threads share: nans[i] = select_topk(params[i]).
+void select_topk_many(const SelectTopk* params, int64_t count, int64_t* nans, const Exec& exec);
+
 struct SelectNM {
   const float* scores;
   Shape shape;
@@ -66,6 +69,28 @@ struct Decode {
   void* out;
 };
 void decode(const Decode& params, const Exec& exec);
+
+// What packed inference does to the outputs v [.., N] of a layer before they are stored:
+// after.gain * activation(before.gain * v + before.shift) + after.shift + residual. Without gains
+// they are stored as they are.
+enum class Activation { identity, gelu, relu };
+
+struct Affine {
+  const float* gain; // [N]
+  const float* shift;
+};
+
+struct Epilogue {
+  Affine before = {};
+  Affine after = {};
+  Activation activation = Activation::identity;
+  const float* residual = nullptr; // of the outputs' shape, or null
+
+  explicit operator bool() const { return before.gain != nullptr; }
+};
+
+// y [rows, channels] = its epilogue, in place
+void finish(const Epilogue& epilogue, int64_t rows, int64_t channels, float* y, const Exec& exec);
 
 // y [M, N] = scale * x [M, K] (w . m)^T + bias
 struct MaskedLinear {
@@ -105,8 +130,11 @@ class AlignedRows {
   int64_t rows_, patterns_;
 };
 
-// tiles [all blocks, ceil(cols / 32), 16] = the words of each block, one lane a row, 0 for rows
-// that are not there
+// Columns in a word of tiles: six times five, the bits that index a table of subset sums.
+constexpr int64_t kTileColumns = 30;
+
+// tiles [all blocks, ceil(cols / 30), 16] = the bits of each block, one lane a row, 0 for rows that
+// are not there
 void aligned_tiles(
     const uint32_t* words, Shape shape, int64_t patterns, uint32_t* tiles, const Exec& exec);
 
@@ -120,8 +148,39 @@ struct AlignedLinear {
   float scale;
   int64_t tokens, rows, cols; // M, N, K
   float* y;
+  Epilogue epilogue = {}; // only with one pattern
 };
 void aligned_linear(const AlignedLinear& params, const Exec& exec);
+
+// As masked_linear, for a dense weight of which only what the mask keeps is there.
+struct CompactLinear {
+  const float* x;
+  const float* kept;     // row by row
+  const int64_t* starts; // [N], of each row in `kept`
+  const uint32_t* words; // [N, ceil(K / 32)]
+  const float* bias;     // [N] or null
+  float scale;
+  int64_t tokens, rows, cols; // M, N, K
+  float* y;
+};
+void compact_linear(const CompactLinear& params, const Exec& exec);
+
+// y [B, H', W', C] = epilogue of x [B, H, W, C] convolved with stride 1, each channel with a filter
+// of its own
+struct DepthwiseConv2d {
+  const float* x;
+  const float* values;
+  int64_t period;
+  const uint32_t* words; // [C, ceil(kh * kw / 32)]
+  int64_t batch, channels, height, width;
+  int64_t kernel_h, kernel_w, pad_h, pad_w; // no larger than the padded image
+  float* y;
+  Epilogue epilogue;
+
+  int64_t out_height() const { return height + 2 * pad_h - kernel_h + 1; }
+  int64_t out_width() const { return width + 2 * pad_w - kernel_w + 1; }
+};
+void depthwise_conv2d(const DepthwiseConv2d& params, const Exec& exec);
 
 // grad[i] *= scale * values[i % period] * (scores ? sign(scores[i]) : 1), in place
 struct ScoredGrad {
@@ -150,5 +209,35 @@ struct DepthwiseGrad {
   int64_t out_width() const { return width + 2 * pad_w - kernel + 1; }
 };
 void depthwise_grad(const DepthwiseGrad& params, const Exec& exec);
+
+// BatchNorm of g = GELU(x), x [pixels, channels]:
+// y = weight * (g - mean) / sqrt(var + eps) + bias + residual.
+struct GeluBatchNorm {
+  const float* x;
+  int64_t pixels, channels;
+  const float* mean;   // [channels], as all that follow
+  const float* var;    // biased
+  const float* weight; // null for 1
+  const float* bias;   // null for 0
+  float eps;
+};
+
+// mean and biased variance of GELU(x), x [pixels, channels], pixels >= 1
+void gelu_stats(
+    const float* x, int64_t pixels, int64_t channels, float* mean, float* var, const Exec& exec);
+
+// residual [pixels, channels], or null
+void gelu_batch_norm(
+    const GeluBatchNorm& params, const float* residual, float* y, const Exec& exec);
+
+// The gradients of weight and bias: sums over pixels of grad_y * (g - mean) / sqrt(var + eps) and
+// of grad_y.
+void gelu_batch_norm_grad_affine(const GeluBatchNorm& params, const float* grad_y,
+    float* grad_weight, float* grad_bias, const Exec& exec);
+
+// Where mean and var are those of the batch, grad_x needs the gradients of weight and bias; where
+// they are constants, these are null.
+void gelu_batch_norm_grad_x(const GeluBatchNorm& params, const float* grad_y,
+    const float* grad_weight, const float* grad_bias, float* grad_x, const Exec& exec);
 
 } // namespace masked_kernels

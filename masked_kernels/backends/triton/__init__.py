@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,13 +22,16 @@ _HOME = {
     "transpose": "bits",
     "decode": "bits",
     "select_topk": "topk",
+    "select_topk_many": "composed",
     "select_threshold": "select",
     "select_nm": "select",
     "masked_linear": "linear",
     "masked_linear_grad_x": "linear_grad",
     "masked_linear_grad_weight": "linear_grad",
     "scored_linear_grad_scores": "linear_grad",
+    "compact_linear": "composed",
     "masked_conv2d": "conv2d",
+    "masked_conv2d_fused": "composed",
     "masked_conv2d_grad_x": "conv2d",
     "masked_conv2d_grad_weight": "conv2d_grad",
     "scored_conv2d_grad_scores": "conv2d_grad",
@@ -60,7 +64,9 @@ def why_unavailable() -> str | None:
 
 def why_not(op: str, *args: object) -> str | None:
     """None if ``op`` can run on ``args`` here, else the reason why not."""
-    for arg in args:
+    if op not in _HOME:
+        return f"there is no {op} for Triton"
+    for arg in _flat(args):
         if not isinstance(arg, Tensor):
             continue
         if arg.dtype not in _TAKEN and arg.dim() > 0 and op not in _COPIES:
@@ -71,6 +77,15 @@ def why_not(op: str, *args: object) -> str | None:
         elif not (interpreted() and arg.is_cpu):
             return f"a tensor is on {arg.device}, expected a CUDA device"
     return None
+
+
+def _flat(args: tuple[object, ...]) -> Iterator[object]:
+    """The arguments, lists taken apart."""
+    for arg in args:
+        if isinstance(arg, list):
+            yield from arg
+        else:
+            yield arg
 
 
 @functools.cache

@@ -27,14 +27,14 @@ def nan_flag(device: torch.device) -> Tensor:
     return _flags[device]
 
 
-def raise_if_nan(device: torch.device) -> None:
-    """Raise ``ValueError`` for a NaN that a kernel found since the last call."""
+def raise_if_nan(device: torch.device, name: str = "scores") -> None:
+    """Raise ``ValueError`` for a NaN in ``name`` that a kernel found since the last call."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return
     index = int(_flags[device])
     if index != _NO_NAN.value:
         _flags[device].fill_(_NO_NAN.value)
-        raise ValueError(f"scores: NaN at flat index {index}; scores must not contain NaN")
+        raise ValueError(f"{name}: NaN at flat index {index}; scores must not contain NaN")
 
 
 def select_threshold(scores: Tensor, threshold: float) -> Tensor:

@@ -21,7 +21,7 @@ _BYTES = tl.constexpr(4)
 _BINS = tl.constexpr(256)
 
 
-def select_topk(scores: Tensor, drop: int, absolute: bool) -> Tensor:
+def select_topk(scores: Tensor, drop: int, absolute: bool, name: str = "scores") -> Tensor:
     rows, cols = scores.shape
     words = scores.new_empty((rows, words_per_row(cols)), dtype=torch.int32)
     if words.numel() == 0:
@@ -43,7 +43,7 @@ def select_topk(scores: Tensor, drop: int, absolute: bool) -> Tensor:
         _select_topk_kernel[(blocks,)](
             scores, words, counts, before, drop, *shape, absolute, _WORDS
         )
-    raise_if_nan(scores.device)
+    raise_if_nan(scores.device, name)
     return words
 
 

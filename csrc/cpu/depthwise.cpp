@@ -1,0 +1,222 @@
+// y = epilogue(depthwise convolution of x with w . m), stride 1, pixels of adjacent channels
+// (channels_last).
+//
+// A vector holds one pixel of some channels. Those channels of a band of rows are copied once, with
+// the zeros around them, so that nothing asks where the image ends and pixels a power of two apart
+// do not fight over the same cache sets. Then each is loaded once a kernel row for all the outputs
+// in registers that it adds to.
+#include "epilogue.h"
+#include "prefetch.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace masked_kernels {
+namespace {
+
+constexpr int64_t kGroup = 16;           // channels that a thread takes at once
+constexpr int64_t kColumns = 8;          // outputs in registers
+constexpr int64_t kBandFloats = 1 << 16; // of a band of x, all channels, a part of the L2 cache
+
+// Output rows of one image.
+struct Band {
+  int64_t image, row_begin, row_end;
+};
+
+int64_t copied_width(const DepthwiseConv2d& p) {
+  return ceil_div(p.out_width(), kColumns) * kColumns + p.kernel_w - 1;
+}
+
+// kColumns outputs of which `count` are stored, from the column that `x` [rows, copied_width,
+// lanes] begins with. kWidth is that of the kernel, or 0 for any. y[at] is the first output.
+template <int kLanes, int kWidth, int kColumns>
+MK_INLINE void convolve_columns(const DepthwiseConv2d& p, const float* filter, const float* x,
+    int64_t count, int64_t channel, int64_t at) {
+  const int64_t row_floats = copied_width(p) * kLanes;
+  Floats<kLanes> sums[kColumns] = {};
+  for (int64_t i = 0; i < p.kernel_h; ++i, x += row_floats) {
+    if constexpr (kWidth == 0) {
+      for (int64_t j = 0; j < p.kernel_w; ++j, filter += kLanes) {
+        const auto w = load<kLanes>(filter);
+#pragma GCC unroll 8
+        for (int c = 0; c < kColumns; ++c)
+          sums[c] += load<kLanes>(x + (j + c) * kLanes) * w;
+      }
+    } else {
+      Floats<kLanes> row[kWidth];
+#pragma GCC unroll 16
+      for (int j = 0; j < kWidth; ++j, filter += kLanes)
+        row[j] = load<kLanes>(filter);
+#pragma GCC unroll 16
+      for (int column = 0; column < kColumns + kWidth - 1; ++column) {
+        const auto pixel = load<kLanes>(x + column * kLanes); // for all outputs that it adds to
+#pragma GCC unroll 16
+        for (int j = 0; j < kWidth; ++j)
+          if (column - j >= 0 && column - j < kColumns)
+            sums[column - j] += pixel * row[j];
+      }
+    }
+  }
+  const int64_t lanes = p.channels - channel;
+#pragma GCC unroll 8
+  for (int c = 0; c < kColumns; ++c, at += p.channels)
+    if (c < count)
+      store<kLanes>(p.y + at, finished<kLanes>(p.epilogue, sums[c], channel, at, lanes), lanes);
+}
+
+// The input rows of a band for the channels from `channel` on, zeros where there is no input.
+template <int kLanes>
+MK_INLINE void copy_band(const DepthwiseConv2d& p, const Band& band, int64_t channel, float* to) {
+  const int64_t width = copied_width(p), lanes = p.channels - channel;
+  const int64_t rows = band.row_end - band.row_begin + p.kernel_h - 1;
+  const float* image = p.x + band.image * p.height * p.width * p.channels + channel;
+  for (int64_t i = 0; i < rows; ++i, to += width * kLanes) {
+    const int64_t row = band.row_begin + i - p.pad_h;
+    const bool inside = 0 <= row && row < p.height;
+    const int64_t begin = inside ? p.pad_w : width, end = inside ? begin + p.width : width;
+    std::fill(to, to + begin * kLanes, 0.0f);
+    for (int64_t column = begin; column < end; ++column)
+      store<kLanes>(to + column * kLanes,
+          load<kLanes>(image + (row * p.width + column - begin) * p.channels, lanes));
+    std::fill(to + end * kLanes, to + width * kLanes, 0.0f);
+  }
+}
+
+// filters [channels / lanes, taps, lanes] of the channels [channel, channel + kGroup)
+template <int kLanes>
+MK_INLINE void load_filters(const DepthwiseConv2d& p, int64_t channel, float* filters) {
+  const int64_t taps = p.kernel_h * p.kernel_w, words = words_per_row(taps);
+  int64_t next = channel * taps % p.period;
+  for (int64_t c = 0; c < std::min(kGroup, p.channels - channel); ++c)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const uint32_t word = p.words[(channel + c) * words + tap / kWordBits];
+      filters[(c / kLanes * taps + tap) * kLanes + c % kLanes] =
+          word >> tap % kWordBits & 1 ? p.values[next] : 0.0f;
+      next = next + 1 == p.period ? 0 : next + 1;
+    }
+}
+
+// The outputs of a band for the channels [channel, channel + kGroup).
+template <int kLanes, int kWidth>
+MK_INLINE void convolve_body(const DepthwiseConv2d& p, const Band& band, int64_t channel,
+    const float* filters, float* copied) {
+  const int64_t taps = p.kernel_h * p.kernel_w, width = copied_width(p);
+  const int64_t end = std::min(channel + kGroup, p.channels);
+  for (; channel < end; channel += kLanes, filters += taps * kLanes) {
+    copy_band<kLanes>(p, band, channel, copied);
+    for (int64_t row = band.row_begin; row < band.row_end; ++row)
+      for (int64_t column = 0; column < p.out_width(); column += kColumns) {
+        const float* x = copied + ((row - band.row_begin) * width + column) * kLanes;
+        const int64_t count = p.out_width() - column;
+        const int64_t pixel = (band.image * p.out_height() + row) * p.out_width() + column;
+        const int64_t at = pixel * p.channels + channel;
+        if (count > kColumns / 2)
+          convolve_columns<kLanes, kWidth, kColumns>(p, filters, x, count, channel, at);
+        else
+          convolve_columns<kLanes, kWidth, kColumns / 2>(p, filters, x, count, channel, at);
+      }
+  }
+}
+
+namespace scalar {
+template <int kWidth>
+void convolve(const DepthwiseConv2d& p, const Band& band, int64_t channel, const float* filters,
+    float* copied) {
+  convolve_body<4, kWidth>(p, band, channel, filters, copied);
+}
+void load_filters(const DepthwiseConv2d& p, int64_t channel, float* filters) {
+  masked_kernels::load_filters<4>(p, channel, filters);
+}
+} // namespace scalar
+
+#if MK_X86
+namespace avx2 {
+template <int kWidth>
+MK_AVX2 void convolve(const DepthwiseConv2d& p, const Band& band, int64_t channel,
+    const float* filters, float* copied) {
+  convolve_body<8, kWidth>(p, band, channel, filters, copied);
+}
+MK_AVX2 void load_filters(const DepthwiseConv2d& p, int64_t channel, float* filters) {
+  masked_kernels::load_filters<8>(p, channel, filters);
+}
+} // namespace avx2
+
+namespace avx512 {
+template <int kWidth>
+MK_AVX512 void convolve(const DepthwiseConv2d& p, const Band& band, int64_t channel,
+    const float* filters, float* copied) {
+  convolve_body<16, kWidth>(p, band, channel, filters, copied);
+}
+MK_AVX512 void load_filters(const DepthwiseConv2d& p, int64_t channel, float* filters) {
+  masked_kernels::load_filters<16>(p, channel, filters);
+}
+} // namespace avx512
+#endif
+
+// A share of the x and y of a band: their lines come in an order that the hardware does not
+// foresee.
+void fetch_ahead(const DepthwiseConv2d& p, const Band& band, int64_t part, int64_t parts) {
+  const auto fetch = [&](const float* rows, int64_t count, int64_t row_floats) {
+    const int64_t first = band.image * count;
+    Ahead{rows + (first + std::min(band.row_begin, count)) * row_floats,
+        rows + (first + std::min(band.row_end, count)) * row_floats}
+        .share(part, parts)
+        .fetch();
+  };
+  fetch(p.x, p.height, p.width * p.channels);
+  fetch(p.y, p.out_height(), p.out_width() * p.channels);
+}
+
+template <int kWidth>
+void convolve_as(const DepthwiseConv2d& p, const Exec& exec) {
+  const auto convolve = MK_BY_ISA(exec.isa, convolve<kWidth>);
+  const auto load_filters = MK_BY_ISA(exec.isa, load_filters);
+  const int64_t copied_row = copied_width(p) * kGroup, x_row = p.width * p.channels;
+  const int64_t most = kBandFloats / std::max(copied_row, x_row);
+  const int64_t band_rows = std::min(std::max(most, p.kernel_h), p.out_height());
+  const int64_t bands = ceil_div(p.out_height(), band_rows);
+  const int64_t taps = p.kernel_h * p.kernel_w, groups = ceil_div(p.channels, kGroup);
+  constexpr int64_t kGrain = 1 << 17; // products worth waking a thread for
+
+  const auto band_of = [&](int64_t i) {
+    const int64_t row = i % bands * band_rows;
+    return Band{i / bands, row, std::min(row + band_rows, p.out_height())};
+  };
+  // Groups of one image come one after another: they share its cache lines and pages.
+  exec.parallel.run(0, p.batch * bands * groups,
+      ceil_div(kGrain, band_rows * p.out_width() * kGroup * taps), [&](int64_t begin, int64_t end) {
+        const int64_t owned = std::min(end - begin, groups), filter_floats = taps * kGroup;
+        std::vector<float> filters(owned * filter_floats);
+        std::vector<float> copied((band_rows + p.kernel_h - 1) * copied_row);
+        for (int64_t i = 0; i < owned; ++i)
+          load_filters(p, (begin + i) % groups * kGroup, &filters[i * filter_floats]);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t group = i % groups;
+          if (const int64_t next = i / groups + 1; next * groups < end)
+            fetch_ahead(p, band_of(next), group, groups);
+          convolve(p, band_of(i / groups), group * kGroup,
+              &filters[(i - begin) % groups * filter_floats], copied.data());
+        }
+      });
+}
+
+} // namespace
+
+void depthwise_conv2d(const DepthwiseConv2d& p, const Exec& exec) {
+  if (p.batch * p.out_height() * p.out_width() * p.channels == 0)
+    return;
+  switch (p.kernel_w) {
+  case 3:
+    return convolve_as<3>(p, exec);
+  case 5:
+    return convolve_as<5>(p, exec);
+  case 7:
+    return convolve_as<7>(p, exec);
+  case 9:
+    return convolve_as<9>(p, exec);
+  default:
+    return convolve_as<0>(p, exec);
+  }
+}
+
+} // namespace masked_kernels

@@ -1,0 +1,230 @@
+// GELU and BatchNorm in one: each pass reads x, computes GELU anew, and keeps nothing of its size.
+#include "gelu.h"
+
+#include "masked_kernels/kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace masked_kernels {
+namespace {
+
+constexpr int64_t kMaxLanes = 16;
+constexpr int64_t kBlock = 16;  // pixels summed in float before the sums are added up in double
+constexpr int64_t kFirst = 256; // pixels that a variance takes a first mean from
+
+// Per-channel factors, with room for a whole vector at the end.
+using Factors = std::vector<float>;
+
+Factors factors(int64_t channels) {
+  return Factors(channels + kMaxLanes);
+}
+
+Factors means(const GeluBatchNorm& p) {
+  Factors mean = factors(p.channels);
+  std::copy_n(p.mean, p.channels, mean.begin());
+  return mean;
+}
+
+// Sums over all pixels, for channels [begin, end): with d = GELU(x) - shift, of d and d², or of
+// d * grad_y and grad_y.
+template <bool kOfGrad>
+struct Sums {
+  const float* x;
+  const float* grad_y; // or null
+  int64_t pixels, channels;
+  const float* shift; // of factors()
+  double* first;      // [channels], to be added to
+  double* second;
+
+  template <int kLanes>
+  MK_INLINE void run(int64_t begin, int64_t end) const {
+    const int64_t width = end - begin;
+    std::vector<float> block(2 * (width + kMaxLanes));
+    float *const a = block.data(), *const b = a + width + kMaxLanes;
+    for (int64_t top = 0; top < pixels; top += kBlock) {
+      std::fill(block.begin(), block.end(), 0.0f);
+      for (int64_t pixel = top; pixel < std::min(top + kBlock, pixels); ++pixel)
+        for (int64_t c = 0; c < width; c += kLanes) {
+          const int64_t lanes = width - c, at = pixel * channels + begin + c;
+          const Floats<kLanes> in = load<kLanes>(x + at, lanes);
+          const Floats<kLanes> d = in * Normal<kLanes>(in).cdf - load<kLanes>(shift + begin + c);
+          const Floats<kLanes> grad = kOfGrad ? load<kLanes>(grad_y + at, lanes) : d;
+          store<kLanes>(a + c, load<kLanes>(a + c) + (kOfGrad ? d * grad : d));
+          store<kLanes>(b + c, load<kLanes>(b + c) + (kOfGrad ? grad : d * d));
+        }
+      for (int64_t c = 0; c < width; ++c) {
+        first[begin + c] += a[c];
+        second[begin + c] += b[c];
+      }
+    }
+  }
+};
+
+// y = (GELU(x) - mean) * scale + shift + residual. The difference comes first: of values far from 0
+// and near one another it is exact.
+struct Normalise {
+  const float* x;
+  const float* residual; // or null
+  int64_t channels;
+  const float* mean; // of factors(), as scale and shift
+  const float* scale;
+  const float* shift;
+  float* y;
+
+  template <int kLanes>
+  MK_INLINE void run(int64_t begin, int64_t end) const {
+    for (int64_t pixel = begin; pixel < end; ++pixel)
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const int64_t lanes = channels - c, at = pixel * channels + c;
+        const Floats<kLanes> in = load<kLanes>(x + at, lanes);
+        const Floats<kLanes> d = in * Normal<kLanes>(in).cdf - load<kLanes>(mean + c);
+        Floats<kLanes> out = d * load<kLanes>(scale + c) + load<kLanes>(shift + c);
+        if (residual)
+          out += load<kLanes>(residual + at, lanes);
+        store<kLanes>(y + at, out, lanes);
+      }
+  }
+};
+
+// grad_x = (grad_y - shift - (GELU(x) - mean) * slope) * scale * GELU'(x)
+struct GradX {
+  const float* x;
+  const float* grad_y;
+  int64_t channels;
+  const float* mean; // of factors(), as slope, shift and scale
+  const float* slope;
+  const float* shift;
+  const float* scale;
+  float* grad_x;
+
+  template <int kLanes>
+  MK_INLINE void run(int64_t begin, int64_t end) const {
+    constexpr float kDensity = 0.398942280f; // 1 / sqrt(2 pi)
+    for (int64_t pixel = begin; pixel < end; ++pixel)
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const int64_t lanes = channels - c, at = pixel * channels + c;
+        const Floats<kLanes> in = load<kLanes>(x + at, lanes);
+        const Normal<kLanes> normal(in);
+        const Floats<kLanes> d = in * normal.cdf - load<kLanes>(mean + c);
+        const Floats<kLanes> grad = load<kLanes>(grad_y + at, lanes) - load<kLanes>(shift + c) -
+                                    d * load<kLanes>(slope + c);
+        const Floats<kLanes> slope_of_gelu = normal.cdf + in * kDensity * normal.bell;
+        store<kLanes>(grad_x + at, grad * load<kLanes>(scale + c) * slope_of_gelu, lanes);
+      }
+  }
+};
+
+namespace scalar {
+template <class Pass>
+void run(const Pass& pass, int64_t begin, int64_t end) {
+  pass.template run<4>(begin, end);
+}
+} // namespace scalar
+
+#if MK_X86
+namespace avx2 {
+template <class Pass>
+MK_AVX2 void run(const Pass& pass, int64_t begin, int64_t end) {
+  pass.template run<8>(begin, end);
+}
+} // namespace avx2
+
+namespace avx512 {
+template <class Pass>
+MK_AVX512 void run(const Pass& pass, int64_t begin, int64_t end) {
+  pass.template run<16>(begin, end);
+}
+} // namespace avx512
+#endif
+
+// Threads share the channels of sums, so that sums are the same for any number of threads, and
+// otherwise the pixels.
+template <bool kOfGrad>
+void run_sums(const Sums<kOfGrad>& sums, const Exec& exec) {
+  const auto run = MK_BY_ISA(exec.isa, run<Sums<kOfGrad>>);
+  exec.parallel.run(0, ceil_div(sums.channels, kMaxLanes), 1, [&](int64_t begin, int64_t end) {
+    run(sums, begin * kMaxLanes, std::min(end * kMaxLanes, sums.channels));
+  });
+}
+
+template <class Pass>
+void run_pixels(const Pass& pass, int64_t pixels, const Exec& exec) {
+  constexpr int64_t kGrain = 1 << 14; // elements worth waking a thread for
+  const auto run = MK_BY_ISA(exec.isa, run<Pass>);
+  exec.parallel.run(0, pixels, ceil_div(kGrain, std::max<int64_t>(pass.channels, 1)),
+      [&](int64_t begin, int64_t end) { run(pass, begin, end); });
+}
+
+double inverse_deviation(const GeluBatchNorm& p, int64_t channel) {
+  return 1 / std::sqrt(double{p.var[channel]} + p.eps);
+}
+
+double weight(const GeluBatchNorm& p, int64_t channel) {
+  return p.weight ? p.weight[channel] : 1;
+}
+
+} // namespace
+
+void gelu_stats(
+    const float* x, int64_t pixels, int64_t channels, float* mean, float* var, const Exec& exec) {
+  // About the mean of the first pixels: the squares of values far from 0 would drown their
+  // variance.
+  const int64_t first = std::min(pixels, kFirst);
+  Factors zero = factors(channels), shift = factors(channels);
+  std::vector<double> sum(channels), squares(channels), first_sum(channels);
+  run_sums(Sums<false>{x, nullptr, first, channels, zero.data(), first_sum.data(), squares.data()},
+      exec);
+  for (int64_t c = 0; c < channels; ++c)
+    shift[c] = static_cast<float>(first_sum[c] / first);
+  std::fill(squares.begin(), squares.end(), 0.0);
+  run_sums(
+      Sums<false>{x, nullptr, pixels, channels, shift.data(), sum.data(), squares.data()}, exec);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double offset = sum[c] / pixels;
+    mean[c] = static_cast<float>(shift[c] + offset);
+    var[c] = static_cast<float>(std::max(squares[c] / pixels - offset * offset, 0.0));
+  }
+}
+
+void gelu_batch_norm(const GeluBatchNorm& p, const float* residual, float* y, const Exec& exec) {
+  Factors mean = means(p), scale = factors(p.channels), shift = factors(p.channels);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    scale[c] = static_cast<float>(weight(p, c) * inverse_deviation(p, c));
+    shift[c] = p.bias ? p.bias[c] : 0;
+  }
+  run_pixels(Normalise{p.x, residual, p.channels, mean.data(), scale.data(), shift.data(), y},
+      p.pixels, exec);
+}
+
+void gelu_batch_norm_grad_affine(const GeluBatchNorm& p, const float* grad_y, float* grad_weight,
+    float* grad_bias, const Exec& exec) {
+  Factors mean = means(p);
+  std::vector<double> products(p.channels), sum(p.channels);
+  run_sums(Sums<true>{p.x, grad_y, p.pixels, p.channels, mean.data(), products.data(), sum.data()},
+      exec);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    grad_weight[c] = static_cast<float>(products[c] * inverse_deviation(p, c));
+    grad_bias[c] = static_cast<float>(sum[c]);
+  }
+}
+
+void gelu_batch_norm_grad_x(const GeluBatchNorm& p, const float* grad_y, const float* grad_weight,
+    const float* grad_bias, float* grad_x, const Exec& exec) {
+  Factors mean = means(p), slope = factors(p.channels), shift = factors(p.channels);
+  Factors scale = factors(p.channels);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    const double inverse = inverse_deviation(p, c);
+    scale[c] = static_cast<float>(weight(p, c) * inverse);
+    if (grad_weight == nullptr)
+      continue;
+    slope[c] = static_cast<float>(inverse * grad_weight[c] / p.pixels);
+    shift[c] = grad_bias[c] / p.pixels;
+  }
+  run_pixels(
+      GradX{p.x, grad_y, p.channels, mean.data(), slope.data(), shift.data(), scale.data(), grad_x},
+      p.pixels, exec);
+}
+
+} // namespace masked_kernels

@@ -1,0 +1,73 @@
+"""``aligned_linear``: prototypes whose period fits the rows, multiplied by their bits alone."""
+
+from torch import Tensor
+
+from ._native import as_float, native, optional_float
+from ._relaid import relaid
+from .bits import transpose
+from .plan import row_patterns
+
+
+def aligned_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    patterns = row_patterns(x.shape[1], values.numel()) or 1
+    y: Tensor = native().aligned_linear(
+        as_float(x),
+        as_float(values),
+        _tiles(words, x.shape[1], patterns),
+        words.shape[0],
+        optional_float(bias),
+        optional_float(scale),
+    )
+    return y if x.dtype == y.dtype else y.to(x.dtype)
+
+
+def aligned_linear_fused(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    affine: Tensor,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """Over the pixels of x ``[B, H, W, C]``, for one row pattern."""
+    y: Tensor = native().aligned_linear_fused(
+        x,
+        as_float(values),
+        _tiles(words, x.shape[3], 1),
+        words.shape[0],
+        affine,
+        activation,
+        residual,
+    )
+    return y
+
+
+def aligned_linear_grad_x(
+    grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, cols: int
+) -> Tensor:
+    """For each row pattern: the binary product with its transposed bits, times its values."""
+    patterns = row_patterns(cols, values.numel()) or 1
+    row_values = as_float(values).repeat(max(cols // values.numel(), 1)).view(patterns, cols)
+    one = row_values.new_ones(1)
+    grad_x = None
+    for pattern in range(patterns):
+        bits = transpose(words[pattern::patterns], cols)
+        tiles = native().aligned_tiles(bits, words[pattern::patterns].shape[0], 1)
+        grad_tokens = as_float(grad_y[:, pattern::patterns])
+        part = native().aligned_linear(grad_tokens, one, tiles, cols, None, optional_float(scale))
+        part *= row_values[pattern]
+        grad_x = part if grad_x is None else grad_x.add_(part)
+    assert isinstance(grad_x, Tensor)
+    return grad_x.to(grad_y.dtype)
+
+
+def _tiles(words: Tensor, cols: int, patterns: int) -> Tensor:
+    """The words as ``aligned_linear`` reads them."""
+    tiles: Tensor = relaid(
+        words,
+        ("aligned", cols, patterns),
+        lambda: native().aligned_tiles(words.contiguous(), cols, patterns),
+    )
+    return tiles

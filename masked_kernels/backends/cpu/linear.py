@@ -1,0 +1,103 @@
+"""Masked linear layers, forward and backward."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ._native import as_float, isa, native, optional_float, scaled_
+from .aligned import aligned_linear, aligned_linear_grad_x
+from .bits import decode
+from .grad import apply_scores, masked_
+from .plan import Plan, linear_plan, row_patterns
+
+_PANEL_BYTES = 1 << 22  # small enough for the L2 caches, large enough to occupy the threads
+_WEIGHTS_PER_PATTERN_OF_GRAD_X = 1 << 18  # each pattern is a product of its own
+
+
+def masked_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    rows = words.shape[0]
+    plan = linear_plan(x.shape[0], rows, x.shape[1], values.numel(), x.dtype, isa())
+    return LINEAR[plan](x, values, words, bias, scale)
+
+
+def masked_linear_grad_x(
+    grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, cols: int
+) -> Tensor:
+    rows = words.shape[0]
+    plan = linear_plan(grad_y.shape[0], rows, cols, values.numel(), grad_y.dtype, isa())
+    patterns = row_patterns(cols, values.numel()) or 1
+    if plan == "aligned" and rows * cols >= _WEIGHTS_PER_PATTERN_OF_GRAD_X * patterns:
+        return aligned_linear_grad_x(grad_y, values, words, scale, cols)
+    if grad_y.dtype in (torch.float16, torch.bfloat16) or rows == 0:
+        # A sum over panels would round to 16 bits after each of them.
+        return grad_y @ scaled_(decode(values, words, cols), scale)
+    grad_x = grad_y.new_empty((grad_y.shape[0], cols))
+    for begin, end, panel in _panels(values, words, cols, scale):
+        grad_x.addmm_(grad_y[:, begin:end], panel, beta=int(begin > 0))
+    return grad_x
+
+
+def masked_linear_grad_weight(
+    grad_y: Tensor, x: Tensor, words: Tensor, scale: Tensor | None
+) -> Tensor:
+    return masked_(scaled_(grad_y.t() @ x, scale), words)
+
+
+def scored_linear_grad_scores(
+    grad_y: Tensor, x: Tensor, values: Tensor, scores: Tensor, scale: Tensor | None, absolute: bool
+) -> Tensor:
+    return apply_scores(grad_y.t() @ x, values, scores, scale, absolute)
+
+
+def _direct_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    y: Tensor = native().masked_linear(
+        as_float(x),
+        as_float(values),
+        words.contiguous(),
+        optional_float(bias),
+        optional_float(scale),
+    )
+    return y if x.dtype == y.dtype else y.to(x.dtype)
+
+
+def _panels_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    y = x.new_empty((x.shape[0], words.shape[0]))
+    for begin, end, panel in _panels(values, words, x.shape[1], scale):
+        out = y[:, begin:end]
+        added = out if bias is None else bias[begin:end]
+        torch.addmm(added, x, panel.t(), beta=int(bias is not None), out=out)
+    return y
+
+
+LINEAR: dict[Plan, Callable[..., Tensor]] = {
+    "aligned": aligned_linear,
+    "direct": _direct_linear,
+    "panels": _panels_linear,
+}
+"""``masked_linear`` of each plan; their results differ by rounding alone."""
+
+
+def _panels(
+    values: Tensor, words: Tensor, cols: int, scale: Tensor | None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (begin, end, weight rows [begin, end)); each panel is good until the next step.
+
+    Scaling the weight, not the product, rounds as plain PyTorch does: where all rows are equal
+    there is little to average out, and products rounded otherwise are three times apart.
+    """
+    values, words = values.contiguous(), words.contiguous()
+    rows = words.shape[0]
+    height = max(64, _PANEL_BYTES // max(cols * values.element_size(), 1))
+    scratch = values.new_empty((min(height, rows), cols))
+    for begin in range(0, rows, height):
+        end = min(begin + height, rows)
+        panel = scratch[: end - begin]
+        native().decode_(panel, values, words, begin)
+        yield begin, end, scaled_(panel, scale)

@@ -1,0 +1,87 @@
+"""Which kernel serves which problem: pure functions of sizes and of measured bounds."""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+Plan = Literal["aligned", "direct", "panels"]
+
+PLANS = Path(__file__).with_name("plans.json")
+"""The bounds of each instruction set; ``python -m bench tune`` measures them anew."""
+
+FEW_TOKENS = 32  # a batch that the kernels of few tokens are made for
+_LONG_ROW = 1024  # shorter rows spend their time on adding up lanes
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where the ways to multiply cross over in time, on one instruction set.
+
+    Args:
+        aligned_rows: rows that each pattern must serve for *aligned* to win, of few tokens and of
+            many; None for never.
+        direct_tokens: the most tokens at which *direct* wins: with a prototype and long rows, with
+            a prototype and short rows, and with a dense weight, whose values are read from memory
+            anew for every few tokens.
+    """
+
+    aligned_rows: tuple[int | None, int | None] = (None, None)
+    direct_tokens: tuple[int, int, int] = (0, 0, 0)
+
+
+class Decision(NamedTuple):
+    """A plan and the comparison that led to it."""
+
+    plan: Plan
+    why: str
+
+
+@functools.cache
+def bounds_of(isa: str) -> Bounds:
+    """The shipped bounds; of an instruction set that nobody measured, those that choose panels."""
+    table = json.loads(PLANS.read_text())
+    return Bounds(**{name: tuple(bounds) for name, bounds in table.get(isa, {}).items()})
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_decision(
+    tokens: int, rows: int, cols: int, period: int, dtype: torch.dtype, bounds: Bounds
+) -> Decision:
+    """How to multiply ``tokens`` inputs with a weight ``[rows, cols]`` of the given period."""
+    if dtype == torch.float64:
+        return Decision("panels", "the other kernels compute in float32")
+    few = tokens <= FEW_TOKENS
+    patterns = row_patterns(cols, period)
+    least = bounds.aligned_rows[0 if few else 1]
+    if patterns is not None and least is not None and (few or dtype == torch.float32):
+        rows_per_pattern = rows // patterns
+        if rows_per_pattern >= least:
+            return Decision("aligned", f"rows per pattern {rows_per_pattern} ≥ {least}")
+    is_dense = 2 * period > rows * cols
+    if is_dense and dtype != torch.float32:  # widening the values costs as much as decoding
+        return Decision("panels", f"a dense weight in {dtype}")
+    kind = 2 if is_dense else 0 if cols >= _LONG_ROW else 1
+    most = bounds.direct_tokens[kind]
+    if tokens <= most:
+        return Decision("direct", f"tokens {tokens} ≤ {most}")
+    return Decision("panels", f"tokens {tokens} > {most}")
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_plan(
+    tokens: int, rows: int, cols: int, period: int, dtype: torch.dtype, isa: str
+) -> Plan:
+    """The plan of ``linear_decision`` with the bounds of ``isa``."""
+    return linear_decision(tokens, rows, cols, period, dtype, bounds_of(isa)).plan
+
+
+@functools.lru_cache(maxsize=4096)
+def row_patterns(cols: int, period: int) -> int | None:
+    """The number of distinct weight rows if the period divides ``cols`` or is a multiple of it."""
+    if cols == 0 or period == 0 or cols % period == 0:
+        return 1
+    return period // cols if period % cols == 0 else None

@@ -1,0 +1,43 @@
+"""Ops made of other kernels and of torch: no kernel of their own would save a pass worth having."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._epilogue import finished
+from .bits import unpack
+from .conv2d import masked_conv2d
+from .topk import select_topk
+
+
+def select_topk_many(scores: list[Tensor], drops: list[int], absolute: bool) -> list[Tensor]:
+    return [
+        select_topk(s, drop, absolute, f"scores[{i}]")
+        for i, (s, drop) in enumerate(zip(scores, drops, strict=True))
+    ]
+
+
+def compact_linear(
+    x: Tensor, kept: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    mask = unpack(words, x.shape[1])
+    if kept.numel() != (count := int(mask.sum())):
+        raise ValueError(f"kept: got {kept.numel()} values, expected {count}, as many as set bits")
+    weight = kept.new_zeros(mask.shape).masked_scatter_(mask, kept)
+    return F.linear(x, weight if scale is None else weight.mul_(scale), bias)
+
+
+def masked_conv2d_fused(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    affine: Tensor,
+    activation: str,
+    residual: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    y = masked_conv2d(x, values, words, None, None, kernel_size, stride, padding, dilation, groups)
+    return finished(y, affine, activation, residual)

@@ -1,0 +1,314 @@
+"""masked_conv2d_fused against float64, and packed models that run it."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Conv, assert_within, dense, make_mask, make_weight
+from torch import Tensor, nn
+
+import masked_kernels as mk
+from masked_kernels import _ops
+from masked_kernels.nn import packed_sequential
+
+ACTIVATIONS = {"identity": lambda y: y, "gelu": F.gelu, "relu": F.relu}
+
+
+def depthwise(channels: int, kernel: int = 5, **fields: object) -> Conv:
+    fields = {"padding": kernel // 2, **fields}
+    return Conv(
+        channels=channels, outputs=channels, groups=channels, kernel=(kernel, kernel), **fields
+    )
+
+
+CASES = (
+    *(depthwise(channels) for channels in (1, 15, 16, 17, 33)),
+    *(depthwise(17, kernel, size=(9, 13)) for kernel in (1, 3, 4, 7, 9, 11)),
+    *(depthwise(16, size=size) for size in ((1, 1), (2, 3), (4, 4), (40, 37))),
+    depthwise(16, padding=0),
+    depthwise(16, padding=(4, 1), batch=1),
+    depthwise(16, batch=0),
+    depthwise(16, stride=2),
+    depthwise(16, dilation=2, padding=4),
+    Conv(channels=8, outputs=8, groups=8, kernel=(3, 5), padding=(1, 2)),
+    *(Conv(channels=32, outputs=n, kernel=(1, 1), size=(9, 8)) for n in (1, 16, 33, 96)),
+    Conv(channels=64, outputs=256, kernel=(1, 1), size=(9, 8)),
+    Conv(channels=33, outputs=31, kernel=(1, 1)),
+    Conv(channels=33, outputs=31, kernel=(1, 1), batch=0),
+    Conv(channels=3, outputs=16, kernel=(2, 2), stride=2),
+    Conv(batch=0),
+    Conv(groups=2, padding=1),
+)
+
+
+def as_pair(value: int | tuple[int, int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def check(case: Conv, period: str, activation: str, dtype: torch.dtype, backend: str) -> None:
+    weight = make_weight(period, case.weight_shape, dtype)
+    values = weight.values if isinstance(weight, mk.Prototype) else weight
+    mask = make_mask("random", case.weight_shape)
+    masked = torch.where(mask, dense(weight, case.weight_shape), 0)
+    affine = torch.randn(4, case.outputs).to(dtype)
+    image = torch.randn(case.batch, case.channels, *case.size).to(dtype)
+
+    def plain(dtype: torch.dtype, residual: Tensor | None) -> Tensor:
+        rows = affine.to(dtype).view(4, -1, 1, 1)
+        y = F.conv2d(image.to(dtype), masked.to(dtype), **case.geometry)  # type: ignore[arg-type]
+        y = ACTIVATIONS[activation](y * rows[0] + rows[1]) * rows[2] + rows[3]
+        return y if residual is None else y + residual.to(dtype)
+
+    geometry = [as_pair(value) for value in (case.stride, case.padding, case.dilation)]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for residual in (None, torch.randn_like(plain(dtype, None))):
+            got = _ops.masked_conv2d_fused(
+                image.contiguous(memory_format=memory_format),
+                values,
+                mk.PackedMask.from_bool(mask).words,
+                affine,
+                activation,
+                residual,
+                list(case.kernel),
+                *geometry,
+                case.groups,
+                backend,
+            )
+            assert not got.numel() or got.is_contiguous(memory_format=torch.channels_last)
+            assert_within("y", got, plain(dtype, residual), plain(torch.float64, residual))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("period", ("dense", "7", "K", "2K", "NK+5"))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_masked_conv2d_fused(case: Conv, period: str, activation: str, backend: str) -> None:
+    check(case, period, activation, torch.float32, backend)
+
+
+def test_other_dtypes_are_the_references() -> None:
+    check(CASES[0], "K", "gelu", torch.bfloat16, "reference")
+    with pytest.raises(mk.BackendError, match="computes in float32"):
+        check(CASES[0], "K", "gelu", torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("isa", ("avx2", "scalar"))
+def test_narrower_instruction_sets(isa: str) -> None:
+    code = (
+        "import torch, test_packed_sequential as t\n"
+        "torch.use_deterministic_algorithms(True)\n"
+        "for c in t.CASES: t.check(c, 'K', 'gelu', torch.float32, 'cpu')"
+    )
+    environment = {
+        **os.environ,
+        "MASKED_KERNELS_CPU_ISA": isa,
+        "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), *sys.path)),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    if "lacks" in done.stderr:
+        pytest.skip(f"this machine lacks {isa}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_gelu_far_from_zero(backend: str) -> None:
+    """An identity convolution shows the GELU itself: large, tiny and special inputs."""
+    words = mk.PackedMask.from_bool(torch.ones(1, 1, 1, 1, dtype=torch.bool)).words
+    one = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
+
+    def gelu(x: Tensor) -> Tensor:
+        point = ([1, 1], [1, 1], [0, 0], [1, 1], 1)
+        return _ops.masked_conv2d_fused(
+            x.view(1, 1, 1, -1), torch.ones(1), words, one, "gelu", None, *point, backend
+        ).flatten()
+
+    x = torch.tensor([0.0, -0.0, 1e-30, -1e-6, 1e-3, -0.7, 5.4, -5.4, -6, 30, -1e3, 1e30])
+    error = (gelu(x).double() - F.gelu(x.double())).abs()
+    assert (error <= torch.finfo(x.dtype).eps * x.abs().clamp_max(8).maximum(x)).all()
+    assert gelu(torch.tensor([torch.nan])).isnan().all()
+
+
+def trained(align: bool = True) -> nn.Module:
+    """A masked ConvMixer whose norms have seen data, in evaluation mode."""
+    model = mk.models.create_model("convmixer", dim=32, depth=2)
+    mk.mask_model_(model, mk.recipes.random_padding(3e-2, align=align))
+    for _ in range(3):
+        model(torch.randn(8, 3, 16, 16))
+    return model.eval()
+
+
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ops that run from now on, in order."""
+    calls: list[str] = []
+    select = _ops.select
+
+    def recording(op: str, *args: object) -> object:
+        calls.append(op)
+        return select(op, *args)
+
+    monkeypatch.setattr(_ops, "select", recording)
+    return calls
+
+
+@pytest.mark.parametrize("align", (False, True))
+def test_packed_model(align: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = trained(align), torch.randn(4, 3, 16, 16)
+    truth = copy.deepcopy(model)
+    mk.materialize_(truth)
+    packed = copy.deepcopy(model)
+    mk.pack_model_(packed)
+    expected = model(x)
+    with mk.use_backend(backend), torch.inference_mode():
+        calls = fused_calls(monkeypatch)
+        for image in (x, x.contiguous(memory_format=torch.channels_last)):
+            calls.clear()
+            assert_within("logits", packed(image), expected, truth.double()(image.double()))
+            assert calls == ["masked_conv2d_fused"] * 5 + ["masked_linear"]
+            assert packed.stem(image).is_contiguous(memory_format=torch.channels_last)
+    again = copy.deepcopy(packed)
+    mk.materialize_(again)
+    assert [type(m) for m in again.modules()] == [type(m) for m in truth.modules()]
+    assert again.state_dict().keys() == truth.state_dict().keys()
+
+
+def test_the_orders_that_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    def norm() -> nn.BatchNorm2d:
+        norm = nn.BatchNorm2d(4)
+        with torch.no_grad():
+            for tensor in (norm.weight, norm.bias, norm.running_mean):
+                tensor.normal_()
+            norm.running_var.uniform_(0.5, 2)
+        return norm
+
+    def run(*rest: nn.Module, residual: bool = False, **conv: object) -> list[str]:
+        """The ops of a packed sequence, which must compute what the masked one does."""
+        kind = mk.nn.Residual if residual else nn.Sequential
+        layer = nn.Conv2d(4, 4, 3, padding=1, **conv)
+        model = nn.ModuleDict({"a": kind(layer, *rest)}).eval()
+        mk.mask_model_(model, mk.MaskConfig(rule=mk.Threshold(0.0, rescale=True)))
+        x = torch.randn(2, 4, 5, 5)
+        expected = model["a"](x)
+        truth = copy.deepcopy(model)
+        mk.materialize_(truth)
+        mk.pack_model_(model)
+        calls = fused_calls(monkeypatch)
+        with torch.no_grad():
+            got = model["a"](x)
+        monkeypatch.undo()
+        assert_within("y", got, expected, truth["a"].double()(x.double()))
+        return calls
+
+    fused, alone = ["masked_conv2d_fused"], ["masked_conv2d"]
+    for rest in (
+        (nn.GELU(), norm()),
+        (norm(), nn.ReLU()),
+        (norm(), nn.GELU(), norm()),
+        (norm(),),
+        (nn.ReLU(),),
+        (norm(), norm()),
+        (nn.ReLU(), norm(), nn.GELU()),
+    ):
+        for residual in (False, True):
+            assert run(*rest, residual=residual) == fused, rest
+            assert run(*rest, residual=residual, groups=4, bias=False) == fused, rest
+    for rest in (
+        (),
+        (nn.GELU("tanh"),),
+        (nn.SiLU(), norm()),
+        (nn.BatchNorm2d(4, track_running_stats=False),),
+    ):
+        assert run(*rest) == alone, rest
+    assert run(nn.ReLU(), padding_mode="reflect") == alone
+
+
+def test_a_large_batch_runs_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = trained(), torch.randn(5, 3, 16, 16)
+    mk.pack_model_(model)
+    with torch.no_grad():
+        whole = model(x)
+        monkeypatch.setattr(packed_sequential, "_SLICE_BYTES", 1)  # of the smallest size
+        calls = fused_calls(monkeypatch)
+        sliced = model(x)
+    slices = 5
+    assert calls.count("masked_conv2d_fused") == 1 + 4 * slices
+    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        assert model(x[:0]).shape == (0, 10)
+
+
+def test_a_change_inside_counts_too() -> None:
+    model, x = trained(), torch.randn(2, 3, 16, 16)
+    packed = copy.deepcopy(model)
+    mk.pack_model_(packed)
+    with torch.no_grad():
+        packed(x)
+        for form in (model, packed):
+            form.blocks[1].depthwise[2] = nn.BatchNorm2d(32, eps=0.1).eval()
+            form.blocks[0].pointwise[2].eps = 0.5
+        torch.testing.assert_close(packed(x), model(x))
+        packed.blocks[0].pointwise[2].train()  # statistics of the whole batch: no slices, no fusion
+        model.blocks[0].pointwise[2].train()
+        torch.testing.assert_close(packed(x), model(x))
+
+
+def test_what_runs_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = trained(), torch.randn(4, 3, 16, 16)
+    packed = copy.deepcopy(model)
+    mk.pack_model_(packed)
+    calls = fused_calls(monkeypatch)
+    gradients = []
+    for form in (model, packed):
+        image = x.clone().requires_grad_()
+        gradients += torch.autograd.grad(form(image).sum(), image)
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        torch.testing.assert_close(packed.train()(x), model.train()(x))
+        packed.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert packed(x).dtype == torch.bfloat16
+        packed.bfloat16()(x.bfloat16())
+    assert "masked_conv2d_fused" not in calls
+
+
+def test_a_change_counts_at_once() -> None:
+    model, x = trained(), torch.randn(4, 3, 16, 16)
+    packed = copy.deepcopy(model)
+    mk.pack_model_(packed)
+    with torch.no_grad():
+        for step in range(3):
+            torch.testing.assert_close(packed(x), model(x))
+            for form in (model, packed):
+                norm = form.stem[2]
+                if step == 0:
+                    norm.running_var.mul_(2)
+                else:
+                    norm.weight = nn.Parameter(norm.weight + 1)
+        for form in (model, packed):
+            form.stem[2] = nn.BatchNorm2d(32, eps=0.1).eval()
+        torch.testing.assert_close(packed(x), model(x))
+        with pytest.raises(ValueError, match="groups: got 1 with 2 channels"):
+            packed(x[:, :2])
+
+
+def test_saving_and_compiling(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model, x = trained(), torch.randn(4, 3, 16, 16)
+    mk.save_masked(model, tmp_path / "masked.mk")
+    mk.pack_model_(model)
+    mk.save_masked(model, tmp_path / "packed.mk")
+    assert (tmp_path / "masked.mk").read_bytes() == (tmp_path / "packed.mk").read_bytes()
+    with torch.no_grad():
+        expected = model(x)
+        loaded = mk.load_masked(tmp_path / "packed.mk")
+        assert torch.equal(loaded(x), expected)
+        loaded.stem[2].running_mean.add_(1)
+        assert torch.equal(mk.load_masked(tmp_path / "packed.mk", into=loaded)(x), expected)
+        torch.save(model, tmp_path / "whole.pt")
+        assert torch.equal(torch.load(tmp_path / "whole.pt", weights_only=False)(x), expected)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), expected)

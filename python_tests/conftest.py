@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--every",
         type=int,
         default=1,
-        help="run every Nth test of each function that has over 20; choose N prime to the lengths "
+        help="run every Nth test of each function that has over 30; choose N prime to the lengths "
         "of their lists of parameters, so that every value of each is still met",
     )
 
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = []
     for item in asked:
         function = _function_of(item)
-        if size[function] <= 20 or seen[function] % every == 0:
+        if size[function] <= 30 or seen[function] % every == 0:
             chosen.append(item)
         seen[function] += 1
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

@@ -15,7 +15,7 @@ from torch import Tensor
 import masked_kernels as mk
 from masked_kernels import _ops
 
-from .registry import error_ratio, selection_error, sort_and_scatter, topk_and_scatter
+from .providers import sort_and_scatter, topk_and_scatter
 
 COPIES = 2
 DTYPE = torch.bfloat16
@@ -134,7 +134,7 @@ class SelectTopK:
             {
                 "ours": lambda i: rule.select(scores[i], backend),
                 "torch.topk": lambda i: topk_and_scatter(scores[i], keep),
-                "sort and scatter": lambda i: sort_and_scatter(scores[i], keep),
+                "sort and scatter": lambda i: sort_and_scatter(scores[i].abs(), keep),
             },
             lambda mask: selection_error(mask, scores[0], keep),
             baseline="torch.topk",
@@ -182,6 +182,25 @@ class Conv2d:
             lambda y: error_ratio(y, plain, truth),
             baseline="F.conv2d",
         )
+
+
+def selection_error(mask: Tensor, scores: Tensor, keep: int) -> float:
+    """0 if ``mask`` keeps the ``keep`` largest by magnitude, ties either way; else infinity."""
+    if mask.dtype == torch.int32:
+        mask = mk.PackedMask(mask, scores.shape).unpack()
+    mask, keys = mask.bool().flatten(), scores.abs().flatten()
+    kept, dropped = keys[mask], keys[~mask]
+    right = kept.numel() == keep and (
+        min(keep, dropped.numel()) == 0 or bool(kept.min() >= dropped.max())
+    )
+    return 0.0 if right else float("inf")
+
+
+def error_ratio(got: Tensor, plain: Tensor, truth: Tensor) -> float:
+    """Error of ``got`` over that of ``plain``, neither below one rounding of the dtype."""
+    rounding = torch.finfo(plain.dtype).eps * truth.norm()
+    floor = max(float((plain.double() - truth).norm()), float(rounding))
+    return float((got.double() - truth).norm()) / floor
 
 
 Case = Linear | GradScores | SelectTopK | Conv2d

@@ -8,39 +8,9 @@ from torch import Tensor, nn
 
 import masked_kernels as mk
 
+from .providers import published
+
 NAMES = ("ours", "dense", "published")
-
-
-class _TopKStraightThrough(torch.autograd.Function):
-    """The mask of edge-popup and PEMN as published: a full sort, then two indexed writes."""
-
-    @staticmethod
-    def forward(ctx: object, scores: Tensor) -> Tensor:
-        mask = scores.clone()
-        order = scores.flatten().sort().indices
-        drop = scores.numel() // 2
-        flat = mask.flatten()
-        flat[order[:drop]] = 0
-        flat[order[drop:]] = 1
-        return mask
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        return grad
-
-
-class PublishedConv2d(nn.Module):
-    """A convolution of frozen weights and trained scores that forms ``w * mask`` in each step."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.register_buffer("weight", conv.weight.detach())
-        self.scores = nn.Parameter(torch.randn_like(conv.weight))
-        self.options = (conv.stride, conv.padding, conv.dilation, conv.groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight * _TopKStraightThrough.apply(self.scores.abs())
-        return F.conv2d(x, weight, None, *self.options)
 
 
 def build(
@@ -49,12 +19,10 @@ def build(
     """A function that takes one step and returns the loss."""
     torch.manual_seed(0)
     model: nn.Module = mk.models.create_model("convmixer", dim=dim, depth=depth)
-    if name == "ours":
+    if name != "dense":
         mk.mask_model_(model, mk.recipes.random_padding(1e-2))
-    elif name == "published":
-        convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-        for path in convolutions:
-            model.set_submodule(path, PublishedConv2d(model.get_submodule(path)))
+    if name == "published":
+        model = published(model)
     model.to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)

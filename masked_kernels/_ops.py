@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import select
+from .backends._chain import masked_conv2d_chain as chain
 from .backends._layout import conv_memory_format, words_per_row
 
 _library = torch.library.Library("masked_kernels", "DEF")
@@ -208,6 +209,12 @@ masked_conv2d_fused = _define(
     "Tensor x, Tensor values, Tensor words, Tensor affine, str activation, Tensor? residual, "
     f"SymInt[] kernel_size, {_CONV}",
     _fake_masked_conv2d_fused,
+)
+masked_conv2d_chain = _define(
+    "masked_conv2d_chain",
+    "Tensor x, Tensor[] values, Tensor[] words, Tensor[] affines, str[] activations, "
+    "bool[] adds_input, SymInt[] geometry",
+    lambda x, *operands: chain(_fake_masked_conv2d_fused, x, *operands[:-1]),
 )
 masked_conv2d_grad_x = _define(
     "masked_conv2d_grad_x",

@@ -1,5 +1,7 @@
 """Registration: schema, fake kernel and strides of every op, on every backend."""
 
+from itertools import chain
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -76,6 +78,18 @@ def samples() -> dict[str, list[tuple[object, ...]]]:
             ),
             (last, prototype, pointwise_words, affine, "relu", None, [1, 1], *point),
             (last, prototype, depthwise_words, affine[:, :4], "identity", last, *depthwise),
+        ],
+        "masked_conv2d_chain": [
+            (
+                t,
+                [prototype, prototype],
+                [depthwise_words, pointwise_words],
+                [affine[:, :4].contiguous(), affine],
+                ["gelu", "identity"],
+                [True, False],
+                [*chain.from_iterable(depthwise[:-1]), depthwise[-1], 1, 1, 1, 1, 0, 0, 1, 1, 1],
+            )
+            for t in (image, last)
         ],
         "masked_conv2d_grad_x": [
             *(

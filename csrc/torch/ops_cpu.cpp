@@ -301,22 +301,21 @@ Tensor compact_linear_op(const Tensor& x, const Tensor& kept, const Tensor& star
 }
 
 // aligned_linear over the pixels of x [B, H, W, C], with an epilogue, to y [B, H, W, rows].
-Tensor aligned_linear_fused_op(const Tensor& x, const Tensor& values, const Tensor& tiles,
+void aligned_linear_fused_op(Tensor y, const Tensor& x, const Tensor& values, const Tensor& tiles,
     int64_t rows, const Tensor& affine, const std::string& activation,
     const OptionalTensor& residual) {
   check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
   const Shape shape{x.size(0) * x.size(1) * x.size(2), x.size(3)};
   AlignedLinear params = aligned_of(x, shape, values, tiles, rows);
   check(params.patterns == 1, "values: ", params.patterns, " row patterns, expected 1");
-  Tensor y = empty({x.size(0), x.size(1), x.size(2), rows}, ScalarType::Float);
+  floats_of("y", y, shape.rows * rows);
   params.y = y.mutable_data_ptr<float>();
   params.epilogue = epilogue_of(affine, activation, residual, y.numel(), rows);
   aligned_linear(params, exec());
-  return y;
 }
 
 // x and y are [B, H, W, C].
-Tensor depthwise_fused_op(const Tensor& x, const Tensor& values, const Tensor& words,
+void depthwise_fused_op(Tensor y, const Tensor& x, const Tensor& values, const Tensor& words,
     int64_t kernel_h, int64_t kernel_w, int64_t pad_h, int64_t pad_w, const Tensor& affine,
     const std::string& activation, const OptionalTensor& residual) {
   check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
@@ -328,12 +327,10 @@ Tensor depthwise_fused_op(const Tensor& x, const Tensor& values, const Tensor& w
       period_of(values, channels * taps), words_of(words, taps), x.size(0), channels, x.size(1),
       x.size(2), kernel_h, kernel_w, pad_h, pad_w, nullptr, {}};
   check(params.out_height() >= 1 && params.out_width() >= 1, "x: smaller than the kernel");
-  Tensor y =
-      empty({x.size(0), params.out_height(), params.out_width(), channels}, ScalarType::Float);
+  floats_of("y", y, x.size(0) * params.out_height() * params.out_width() * channels);
   params.y = y.mutable_data_ptr<float>();
   params.epilogue = epilogue_of(affine, activation, residual, y.numel(), channels);
   depthwise_conv2d(params, exec());
-  return y;
 }
 
 void finish_op(
@@ -448,10 +445,11 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
         "Tensor? scale) -> Tensor");
   m.def("compact_linear(Tensor x, Tensor kept, Tensor starts, Tensor words, Tensor? bias, "
         "Tensor? scale) -> Tensor");
-  m.def("aligned_linear_fused(Tensor x, Tensor values, Tensor tiles, int rows, Tensor affine, "
-        "str activation, Tensor? residual) -> Tensor");
-  m.def("depthwise_fused(Tensor x, Tensor values, Tensor words, int kernel_h, int kernel_w, "
-        "int pad_h, int pad_w, Tensor affine, str activation, Tensor? residual) -> Tensor");
+  m.def("aligned_linear_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor tiles, int rows, "
+        "Tensor affine, str activation, Tensor? residual) -> ()");
+  m.def("depthwise_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor words, int kernel_h, "
+        "int kernel_w, int pad_h, int pad_w, Tensor affine, str activation, Tensor? residual) -> "
+        "()");
   m.def("finish_(Tensor(a!) y, Tensor affine, str activation, Tensor? residual) -> ()");
   m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
   m.def("gelu_stats(Tensor x) -> Tensor");
@@ -481,8 +479,8 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("aligned_tiles", TORCH_BOX(&aligned_tiles_op));
   m.impl("aligned_linear", TORCH_BOX(&aligned_linear_op));
   m.impl("compact_linear", TORCH_BOX(&compact_linear_op));
-  m.impl("aligned_linear_fused", TORCH_BOX(&aligned_linear_fused_op));
-  m.impl("depthwise_fused", TORCH_BOX(&depthwise_fused_op));
+  m.impl("aligned_linear_fused_", TORCH_BOX(&aligned_linear_fused_op));
+  m.impl("depthwise_fused_", TORCH_BOX(&depthwise_fused_op));
   m.impl("finish_", TORCH_BOX(&finish_op));
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));
   m.impl("gelu_stats", TORCH_BOX(&gelu_stats_op));

@@ -5,11 +5,14 @@ It unpacks, multiplies and calls the library; it is never clever. The other back
 it, and it is a working backend itself, last in the order of preference.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from . import _chain
 from ._epilogue import finished
 from ._layout import conv_memory_format, words_per_row
 
@@ -140,6 +143,9 @@ def masked_conv2d_fused(
 ) -> Tensor:
     y = masked_conv2d(x, values, words, None, None, kernel_size, stride, padding, dilation, groups)
     return finished(y, affine, activation, residual)
+
+
+masked_conv2d_chain = functools.partial(_chain.masked_conv2d_chain, masked_conv2d_fused)
 
 
 def masked_conv2d_grad_x(

@@ -1,5 +1,6 @@
 """Sequences of modules, and their packed form that runs a convolution and what follows as one."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class PackedSequential(nn.Sequential):
     one by one. They are where they were, with their state, and a change to it counts at once. Hooks
     of modules that run as one are not called.
 
-    Several such ops in a row take a large batch in slices that stay in the CPU's caches.
+    Several such ops in a row that keep the image's size are one op themselves
+    (``masked_conv2d_chain``), which makes no new tensor for what lies between them.
 
     Args:
         plain: the nn.Sequential or Residual; its modules are shared with it.
@@ -40,10 +42,8 @@ class PackedSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """As the plain form; the result of a fused op is channels_last."""
         steps = self._steps()
-        slice_size = _slice_size(x, steps)
-        if slice_size >= len(x):
-            return _run(steps, x)
-        return torch.cat([_run(steps, part) for part in x.split(slice_size)])
+        y = _chain(steps, x)
+        return _run(steps, x) if y is None else y
 
     def to_plain(self) -> nn.Sequential:
         """The Residual or nn.Sequential of the same modules."""
@@ -129,23 +129,38 @@ def _flat(sequence: nn.Sequential) -> Iterator[nn.Module]:
             yield from _flat(module)
 
 
-_SLICE_BYTES = 1 << 20  # of x, for each thread: x and y of an op stay in the L2 cache
-
-
-def _slice_size(x: Tensor, steps: "list[Step]") -> int:
-    """Images to take at once: all of them unless slices are surely the same and faster."""
-    if (
-        x.dim() != 4
-        or len(x) < 2
-        or x.device.type != "cpu"
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or len(steps) < 2
-        or not all(isinstance(step, FusedConv2d) and not step.trains() for step in steps)
-    ):
-        return max(len(x), 1)
-    image_bytes = max(x[0].numel() * x.element_size(), 1)
-    return max(torch.get_num_threads() * _SLICE_BYTES // image_bytes, 1)
+def _chain(steps: "list[Step]", x: Tensor) -> Tensor | None:
+    """The steps as one op: fused ones that fit x, those after the first keeping its size. None
+    where they are not such.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(steps) < 2:
+        return None
+    channels = x.shape[1] if x.dim() == 4 else 0
+    operands: list[_Operands] = []
+    for step in steps:
+        if not isinstance(step, FusedConv2d) or step.conv.in_channels != channels:
+            return None
+        channels = step.conv.out_channels
+        prepared = step._operands()
+        if operands:
+            fits = step.keeps_size() and not step.trains() and prepared.device == x.device
+        else:
+            fits = step._fits(x, prepared)
+        if not fits:
+            return None
+        operands.append(prepared)
+    fused = cast("list[FusedConv2d]", steps)
+    y: Tensor = _ops.masked_conv2d_chain(
+        x,
+        [each.values for each in operands],
+        [each.words for each in operands],
+        [each.affine for each in operands],
+        [step.activation for step in fused],
+        [step.adds_input for step in fused],
+        [size for step in fused for size in step.flat_geometry],
+        AUTO,
+    )
+    return y
 
 
 class FusedConv2d:
@@ -173,6 +188,8 @@ class FusedConv2d:
             list(conv.dilation),
             conv.groups,
         )
+        *pairs, groups = self._geometry
+        self.flat_geometry = [*itertools.chain(*pairs), groups]
         self._reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         self._spare = [2 * p - r for p, r in zip(padding, self._reach, strict=True)]
         self.adds_input = False
@@ -211,14 +228,13 @@ class FusedConv2d:
     def trains(self) -> bool:
         return any(norm.training for norm in self._norms)
 
+    def keeps_size(self) -> bool:
+        """Whether the result has the height and width of the input."""
+        return self.conv.stride == (1, 1) and self._spare == [0, 0]
+
     def can_add_input(self) -> bool:
         """Whether the result has the shape of the input."""
-        conv = self.conv
-        return (
-            conv.in_channels == conv.out_channels
-            and conv.stride == (1, 1)
-            and self._spare == [0, 0]
-        )
+        return self.conv.in_channels == self.conv.out_channels and self.keeps_size()
 
     def __call__(self, x: Tensor) -> Tensor:
         operands = self._operands()

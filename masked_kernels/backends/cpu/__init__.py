@@ -31,11 +31,11 @@ from .bits import (
 from .compact import compact_linear
 from .conv2d import (
     masked_conv2d,
-    masked_conv2d_fused,
     masked_conv2d_grad_weight,
     masked_conv2d_grad_x,
     scored_conv2d_grad_scores,
 )
+from .fused import masked_conv2d_chain, masked_conv2d_fused
 from .linear import (
     masked_linear,
     masked_linear_grad_weight,
@@ -51,7 +51,7 @@ from .norm import (
 from .plan import bounds_of, linear_decision
 
 _DTYPES = (torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.float64, torch.bool)
-_FLOAT32_ONLY = ("gelu_", "masked_conv2d_fused")
+_FLOAT32_ONLY = ("gelu_", "masked_conv2d_fused", "masked_conv2d_chain")
 
 
 def why_not(op: str, *args: object) -> str | None:

@@ -23,25 +23,20 @@ def aligned_linear(
     return y if x.dtype == y.dtype else y.to(x.dtype)
 
 
-def aligned_linear_fused(
+def aligned_linear_fused_(
+    y: Tensor,
     x: Tensor,
     values: Tensor,
     words: Tensor,
     affine: Tensor,
     activation: str,
     residual: Tensor | None,
-) -> Tensor:
-    """Over the pixels of x ``[B, H, W, C]``, for one row pattern."""
-    y: Tensor = native().aligned_linear_fused(
-        x,
-        as_float(values),
-        _tiles(words, x.shape[3], 1),
-        words.shape[0],
-        affine,
-        activation,
-        residual,
+) -> None:
+    """Over the pixels of x ``[B, H, W, C]``, for one row pattern, into y ``[B, H, W, N]``."""
+    tiles = _tiles(words, x.shape[3], 1)
+    native().aligned_linear_fused_(
+        y, x, as_float(values), tiles, words.shape[0], affine, activation, residual
     )
-    return y
 
 
 def aligned_linear_grad_x(

@@ -8,12 +8,10 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from .._layout import conv_memory_format
-from ._native import as_float, isa, native, scaled_
-from .aligned import aligned_linear_fused
+from ._native import native, scaled_
 from .bits import decode
 from .grad import apply_scores, masked_
 from .linear import masked_linear, masked_linear_grad_x
-from .plan import linear_plan, row_patterns
 
 _DEPTHWISE_KERNELS = (3, 5, 7, 9)  # that depthwise_grad serves
 
@@ -37,68 +35,6 @@ def masked_conv2d(
     weight = _conv_weight(values, words, scale, x.shape[1] // groups, kernel_size)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return y.contiguous(memory_format=memory_format)
-
-
-def masked_conv2d_fused(
-    x: Tensor,
-    values: Tensor,
-    words: Tensor,
-    affine: Tensor,
-    activation: str,
-    residual: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    pixels = _as_pixels(x)
-    rest = None if residual is None else _as_pixels(residual)
-    affine = affine.contiguous()
-    if groups == x.shape[1] == words.shape[0] and [*stride, *dilation] == [1, 1, 1, 1]:
-        y: Tensor = native().depthwise_fused(
-            pixels,
-            as_float(values),
-            words.contiguous(),
-            *kernel_size,
-            *padding,
-            affine,
-            activation,
-            rest,
-        )
-        return y.permute(0, 3, 1, 2)
-    if groups == 1 and [*kernel_size, *stride, *padding] == [1, 1, 1, 1, 0, 0]:
-        batch, height, width, channels = pixels.shape
-        rows, tokens = words.shape[0], batch * height * width
-        plan = linear_plan(tokens, rows, channels, values.numel(), x.dtype, isa())
-        if plan == "aligned" and row_patterns(channels, values.numel()) == 1:
-            y = aligned_linear_fused(pixels, values, words, affine, activation, rest)
-        else:
-            y = masked_linear(pixels.view(tokens, channels), values, words, None, None)
-            _finish_(y, affine, activation, rest)
-            y = y.view(batch, height, width, rows)
-        return y.permute(0, 3, 1, 2)
-    if groups == 1 and [*stride, *padding, *dilation] == [*kernel_size, 0, 0, 1, 1]:
-        patches = _as_patches(x, kernel_size)
-        batch, height, width, _ = patches.shape
-        y = masked_linear(patches.flatten(0, 2), values, words, None, None)
-        _finish_(y, affine, activation, rest)
-        return y.view(batch, height, width, words.shape[0]).permute(0, 3, 1, 2)
-    image = masked_conv2d(
-        pixels.permute(0, 3, 1, 2),
-        values,
-        words,
-        None,
-        None,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
-    out = _as_pixels(image)
-    _finish_(out.flatten(0, 2), affine, activation, rest)
-    return out.permute(0, 3, 1, 2)
 
 
 def masked_conv2d_grad_x(
@@ -186,26 +122,6 @@ def _is_pointwise(
 def _as_tokens(image: Tensor) -> Tensor:
     """``[B, C, H, W]`` channels_last as ``[B * H * W, C]``."""
     return image.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _finish_(tokens: Tensor, affine: Tensor, activation: str, residual: Tensor | None) -> None:
-    rest = None if residual is None else residual.view(tokens.shape)
-    native().finish_(tokens, affine, activation, rest)
-
-
-def _as_pixels(image: Tensor) -> Tensor:
-    """``[B, C, H, W]`` of any layout as contiguous ``[B, H, W, C]``."""
-    pixels = image.permute(0, 2, 3, 1)
-    return pixels if pixels.is_contiguous() else pixels.contiguous()
-
-
-def _as_patches(image: Tensor, size: list[int]) -> Tensor:
-    """``[B, C, H, W]`` as contiguous ``[B, H / kh, W / kw, C * kh * kw]``; a rest is left out."""
-    batch, channels, height, width = image.shape
-    (kh, kw), (rows, cols) = size, (height // size[0], width // size[1])
-    image = image[:, :, : rows * kh, : cols * kw]
-    patches = image.reshape(batch, channels, rows, kh, cols, kw).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(batch, rows, cols, channels * kh * kw)
 
 
 def _as_image(tokens: Tensor, like: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ _HOME = {
     "compact_linear": "composed",
     "masked_conv2d": "conv2d",
     "masked_conv2d_fused": "composed",
+    "masked_conv2d_chain": "composed",
     "masked_conv2d_grad_x": "conv2d",
     "masked_conv2d_grad_weight": "conv2d_grad",
     "scored_conv2d_grad_scores": "conv2d_grad",

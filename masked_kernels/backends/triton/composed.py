@@ -1,8 +1,11 @@
 """Ops made of other kernels and of torch: no kernel of their own would save a pass worth having."""
 
+import functools
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _chain
 from .._epilogue import finished
 from .bits import unpack
 from .conv2d import masked_conv2d
@@ -41,3 +44,6 @@ def masked_conv2d_fused(
 ) -> Tensor:
     y = masked_conv2d(x, values, words, None, None, kernel_size, stride, padding, dilation, groups)
     return finished(y, affine, activation, residual)
+
+
+masked_conv2d_chain = functools.partial(_chain.masked_conv2d_chain, masked_conv2d_fused)

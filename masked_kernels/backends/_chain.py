@@ -1,0 +1,31 @@
+"""What ``masked_conv2d_chain`` means, for every backend."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+_GEOMETRY = 9  # integers a step: kernel_size, stride, padding, dilation (two each) and groups
+
+
+def steps(
+    values: list[Tensor],
+    words: list[Tensor],
+    affines: list[Tensor],
+    activations: list[str],
+    adds_input: list[bool],
+    geometry: list[int],
+) -> Iterator[tuple[Any, ...]]:
+    """Of each step: (values, words, affine, activation), adds_input, (kernel_size, ..., groups)."""
+    for i, operands in enumerate(zip(values, words, affines, activations, strict=True)):
+        one = geometry[i * _GEOMETRY : (i + 1) * _GEOMETRY]
+        yield operands, adds_input[i], (one[0:2], one[2:4], one[4:6], one[6:8], one[8])
+
+
+def masked_conv2d_chain(
+    masked_conv2d_fused: Callable[..., Tensor], x: Tensor, *operands: Any
+) -> Tensor:
+    """The fused convolutions in turn, each on the result of the one before."""
+    for of_step, adds_input, geometry in steps(*operands):
+        x = masked_conv2d_fused(x, *of_step, x if adds_input else None, *geometry)
+    return x

@@ -37,11 +37,11 @@ test: lint ctest
 	@time $(BIN)/python -m pytest $(PYTEST) --require-backend=cpu,reference
 	@echo '── Triton kernels in the interpreter: a sample of the same tests'
 	@time TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -n 2 \
-	  --require-backend=triton --backend=triton --every=8 -k 'not large_layer'
+	  --require-backend=triton --backend=triton --every=16 -k 'not large_layer'
 
 bench: .venv/.package
 	@echo '── Benchmarks, short form'
-	@time $(BIN)/python -m bench --quick
+	@time env -u OMP_WAIT_POLICY $(BIN)/python -m bench --quick
 
 # Uses the Python, torch and Triton that are already there, and no network.
 gpu-report:

@@ -35,6 +35,8 @@ def test_same_outputs(inputs: int, outputs: int, tokens: int, density: float, ba
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes(dtype: torch.dtype, backend: str) -> None:
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("backend 'triton' has no float64")
     model = masked(65, 33)
     mk.pack_model_(model, compact=True)
     model = model.to(dtype)

@@ -70,7 +70,9 @@ def scored_grad(
     grad: Tensor, values: Tensor, scores: Tensor, scale: Tensor | None, absolute: bool
 ) -> WeightGrad:
     """``scale * dL/dw_eff ⊙ w [⊙ sign(scores)]``"""
-    flat, period = wrapped(values, grad.numel(), config.GRAD_COLS)
+    # The tile of a depthwise filter holds all of it, that of others GRAD_COLS at most.
+    filter_size = grad[0, 0].numel() if grad.dim() == 4 and grad.shape[1] == 1 and len(grad) else 0
+    flat, period = wrapped(values, grad.numel(), max(config.GRAD_COLS, filter_size))
     return WeightGrad(grad, None, flat, period, scores.contiguous() if absolute else None, scale)
 
 

@@ -34,9 +34,9 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
     [
         (1, 4096, 4096, 4096, F32, "avx512", "aligned"),
         (4096, 4096, 4096, 64, F32, "avx512", "aligned"),
-        (8, 256, 256, 1024, F32, "avx512", "aligned"),
-        (64, 256, 256, 1024, F32, "avx512", "panels"),  # fewer than 256 rows a pattern
-        (8, 63, 256, 1024, F32, "avx512", "direct"),  # fewer than 16 rows a pattern
+        (8, 512, 256, 1024, F32, "avx512", "aligned"),
+        (64, 256, 256, 1024, F32, "avx512", "panels"),  # fewer than 128 rows a pattern
+        (8, 256, 256, 1024, F32, "avx512", "direct"),
         (1, 4096, 4096, 167_773, F32, "avx512", "direct"),
         (4096, 4096, 4096, 167_773, F32, "avx512", "panels"),
         (1, 4096, 4096, 4096 * 4096, F32, "avx512", "direct"),

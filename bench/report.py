@@ -29,6 +29,7 @@ README = (
     *(f"masked_linear 4096x4096 prototype 0.01 batch={b}" for b in (1, 8, 64)),
     *(f"masked_linear 512x512 prototype 0.01 batch={b}" for b in (1, 8, 64)),
     *(f"masked_linear 4096x4096 dense batch={b}" for b in (1, 8, 64)),
+    *(f"masked_linear 4096x4096 dense compact batch={b}" for b in (1, 8)),
     "masked_conv2d 1x1 256->256 on 64x16x16 prototype 0.0001 aligned (ConvMixer-256)",
     "masked_conv2d 1x1 256->256 on 64x16x16 prototype 0.01 (ConvMixer-256)",
     "masked_conv2d depthwise 5x5 256->256 on 64x16x16 prototype 0.01 (ConvMixer-256)",

@@ -24,7 +24,8 @@ class MaskedLinear(Case):
     """``x [batch, k]`` times a masked ``[n, k]``, float32.
 
     The weight repeats a prototype of the ratio's period, the paper's or the aligned one, or is
-    dense if ratio is None; the mask is then fixed in a packed layer, as inference has it.
+    dense if ratio is None; the mask is then fixed in a packed layer, as inference has it, which
+    keeps only what the mask keeps if ``compact``.
     """
 
     n: int
@@ -33,11 +34,12 @@ class MaskedLinear(Case):
     ratio: float | None = 1e-2
     align: bool = False
     layer: str = ""
+    compact: bool = False
     group: ClassVar[str] = "masked_linear"
 
     @property
     def name(self) -> str:
-        values = values_name(self.ratio, self.align)
+        values = values_name(self.ratio, self.align) + (" compact" if self.compact else "")
         layer = f" ({self.layer})" if self.layer else ""
         return f"masked_linear {self.n}x{self.k} {values} batch={self.batch}{layer}"
 
@@ -54,12 +56,14 @@ class MaskedLinear(Case):
             return Provider(lambda x: F.linear(x, matrix), moved=moved, **settings)
 
         def ours() -> Provider:
-            moved = w.packed_bytes + 4 * x_and_y
+            kept = w.mask.count() if self.compact else n * k
+            moved = w.packed_bytes - 4 * (n * k - kept) + 4 * x_and_y
             if self.ratio is not None:
                 return Provider(
                     lambda x: mk.masked_linear(x, w.values, w.mask, backend=backend), moved=moved
                 )
-            packed = mk.nn.PackedLinear(k, n, weight=w.values, mask=w.mask)
+            kind = mk.nn.CompactLinear if self.compact else mk.nn.PackedLinear
+            packed = kind(k, n, weight=w.values, mask=w.mask)
 
             def run(x: Tensor) -> Tensor:
                 with mk.use_backend(backend):
@@ -127,6 +131,7 @@ CASES = (
     *(MaskedLinear(n, k, b) for n, k in ((11008, 4096), (8192, 8192)) for b in (1, 8, 64)),
     MaskedLinear(1536, 512, VIT_TOKENS, layer="ViT-512 qkv"),
     *(MaskedLinear(n, n, b, ratio=None) for n in (1024, 4096) for b in (1, 8, 64)),
+    *(MaskedLinear(n, n, b, ratio=None, compact=True) for n in (1024, 4096) for b in (1, 8)),
 )
 """Layers of ViT-512 and of language models, and squares. Cases of one weight stand together."""
 
@@ -141,4 +146,5 @@ TOY = (
     MaskedLinear(33, 65, 3),
     MaskedLinear(64, 64, 3, 1e-2, align=True, layer="toy"),
     MaskedLinear(16, 40, 2, ratio=None),
+    MaskedLinear(16, 40, 2, ratio=None, compact=True),
 )

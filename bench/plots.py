@@ -50,7 +50,7 @@ def linear_figure(cases: list[dict[str, Any]]) -> Figure | None:
     factors: dict[tuple[str, Size], dict[int, float]] = {}  # (kind, size): {batch: factor}
     for case in cases:
         facts = case["facts"]
-        if case["group"] != "masked_linear" or facts["layer"]:
+        if case["group"] != "masked_linear" or facts["layer"] or facts.get("compact"):
             continue
         for kind, settings in KINDS.items():
             if (facts["ratio"], facts["align"]) == settings:
@@ -149,7 +149,7 @@ def _bars(axis: Axes, case: dict[str, Any]) -> None:
     axis.barh(range(len(names)), times, color=colors, height=0.72)
     for place, (name, time) in enumerate(zip(names, times, strict=True)):
         factor = "" if name == OURS else f", {timings[name]['median'] / ours:.2f}x ours"
-        axis.text(time, place, f" {time:.3g} ms{factor}", va="center", fontsize=8.5)
+        axis.text(time, place, f" {time:,.4g} ms{factor}", va="center", fontsize=8.5)
     axis.set_yticks(
         range(len(names)), [f"{n} (lossy)" if timings[n]["lossy"] else n for n in names]
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import select
-from .backends._chain import masked_conv2d_chain as chain
+from .backends._fused import masked_conv2d_chain as chain
 from .backends._layout import conv_memory_format, words_per_row
 
 _library = torch.library.Library("masked_kernels", "DEF")

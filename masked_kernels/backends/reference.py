@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from . import _chain
-from ._epilogue import finished
+from . import _fused
 from ._layout import conv_memory_format, words_per_row
 
 
@@ -128,24 +127,8 @@ def masked_conv2d(
     return y.contiguous(memory_format=conv_memory_format(x))
 
 
-def masked_conv2d_fused(
-    x: Tensor,
-    values: Tensor,
-    words: Tensor,
-    affine: Tensor,
-    activation: str,
-    residual: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    y = masked_conv2d(x, values, words, None, None, kernel_size, stride, padding, dilation, groups)
-    return finished(y, affine, activation, residual)
-
-
-masked_conv2d_chain = functools.partial(_chain.masked_conv2d_chain, masked_conv2d_fused)
+masked_conv2d_fused = functools.partial(_fused.masked_conv2d_fused, masked_conv2d)
+masked_conv2d_chain = functools.partial(_fused.masked_conv2d_chain, masked_conv2d_fused)
 
 
 def masked_conv2d_grad_x(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _chain
+from .. import _fused
 from ._native import as_float, isa, native
 from .aligned import aligned_linear_fused_
 from .conv2d import masked_conv2d
@@ -51,7 +51,7 @@ def masked_conv2d_chain(
     anew comes page by page.
     """
     pixels = _as_pixels(x)
-    steps = list(_chain.steps(values, words, affines, activations, adds_input, geometry))
+    steps = list(_fused.steps(values, words, affines, activations, adds_input, geometry))
     sizes = [pixels.shape]
     for operands, _, of_conv in steps:
         sizes.append(_size(sizes[-1], operands[1], of_conv))

@@ -5,8 +5,7 @@ import functools
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _chain
-from .._epilogue import finished
+from .. import _fused
 from .bits import unpack
 from .conv2d import masked_conv2d
 from .topk import select_topk
@@ -29,21 +28,5 @@ def compact_linear(
     return F.linear(x, weight if scale is None else weight.mul_(scale), bias)
 
 
-def masked_conv2d_fused(
-    x: Tensor,
-    values: Tensor,
-    words: Tensor,
-    affine: Tensor,
-    activation: str,
-    residual: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    y = masked_conv2d(x, values, words, None, None, kernel_size, stride, padding, dilation, groups)
-    return finished(y, affine, activation, residual)
-
-
-masked_conv2d_chain = functools.partial(_chain.masked_conv2d_chain, masked_conv2d_fused)
+masked_conv2d_fused = functools.partial(_fused.masked_conv2d_fused, masked_conv2d)
+masked_conv2d_chain = functools.partial(_fused.masked_conv2d_chain, masked_conv2d_fused)

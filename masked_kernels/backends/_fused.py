@@ -1,9 +1,13 @@
-"""What ``masked_conv2d_chain`` means, for every backend."""
+"""What ``masked_conv2d_fused`` and ``masked_conv2d_chain`` mean, in terms of a backend's own
+convolution.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
+
+from ._epilogue import finished
 
 _GEOMETRY = 9  # integers a step: kernel_size, stride, padding, dilation (two each) and groups
 
@@ -20,6 +24,21 @@ def steps(
     for i, operands in enumerate(zip(values, words, affines, activations, strict=True)):
         one = geometry[i * _GEOMETRY : (i + 1) * _GEOMETRY]
         yield operands, adds_input[i], (one[0:2], one[2:4], one[4:6], one[6:8], one[8])
+
+
+def masked_conv2d_fused(
+    masked_conv2d: Callable[..., Tensor],
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    affine: Tensor,
+    activation: str,
+    residual: Tensor | None,
+    *geometry: Any,
+) -> Tensor:
+    """The convolution, then what ``finished`` does."""
+    y = masked_conv2d(x, values, words, None, None, *geometry)
+    return finished(y, affine, activation, residual)
 
 
 def masked_conv2d_chain(

@@ -74,20 +74,21 @@ class TopK(Rule):
 
     def select(self, scores: Tensor, backend: str = AUTO) -> Tensor:
         words: Tensor = _ops.select_topk(
-            _matrix(scores), self._drop(scores), self.absolute, backend
+            _matrix(scores), self.drop(scores.numel()), self.absolute, backend
         )
         return words
 
     def select_many(self, scores: Sequence[Tensor], backend: str = AUTO) -> list[Tensor]:
         """``select`` of each, in one call that shares the threads among them."""
-        drops = [self._drop(s) for s in scores]
+        drops = [self.drop(s.numel()) for s in scores]
         words: list[Tensor] = _ops.select_topk_many(
             [_matrix(s) for s in scores], drops, self.absolute, backend
         )
         return words
 
-    def _drop(self, scores: Tensor) -> int:
-        return int((1 - self.density) * scores.numel())
+    def drop(self, numel: int) -> int:
+        """How many of ``numel`` weights are dropped."""
+        return int((1 - self.density) * numel)
 
 
 @dataclass(frozen=True)

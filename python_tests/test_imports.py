@@ -26,7 +26,18 @@ LAYERS = {
     "recipes": {"nn", "rules"},
     "models": {"nn"},
     "storage": {"_checks", "_text", "mask", "prototype", "rules", "nn", "models", "_host"},
-    "training": {"backends", "mask", "prototype", "rules", "nn", "models", "recipes", "storage"},
+    "distributed": {"_ops", "_checks", "backends", "mask", "rules", "nn"},
+    "training": {
+        "backends",
+        "mask",
+        "prototype",
+        "rules",
+        "nn",
+        "models",
+        "recipes",
+        "storage",
+        "distributed",
+    },
 }
 
 
@@ -102,7 +113,7 @@ for name in ("triton", "matplotlib", "tqdm", "sklearn", "scipy", "masked_kernels
 import torch
 import masked_kernels as mk
 assert not torch.cuda.is_initialized()
-assert "masked_kernels.training" not in sys.modules
+assert not {"masked_kernels.training", "masked_kernels.distributed"} & set(sys.modules)
 assert not any(name.startswith("torch._inductor") for name in sys.modules)
 with mk.use_backend("reference"):
     y = mk.masked_linear(torch.ones(1, 2), torch.ones(1, 2),

@@ -60,6 +60,10 @@ class _MaskedLayer(FrozenLayer):
     def scale(self) -> Tensor | None:
         return self.rule.weight_scale(self.mask.words, self.scores.numel())
 
+    def scores_and_rule(self) -> tuple[Tensor, Rule]:
+        """What the forward ranks, and how. ``distributed`` has layers that keep neither whole."""
+        return self.scores, self.rule
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule}, weight={self._values_repr()}"
 
@@ -90,7 +94,7 @@ class MaskedLinear(_MaskedLayer, LinearGeometry):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        return scored_linear(x, self.values, self.scores, self.rule, self.bias)
+        return scored_linear(x, self.values, *self.scores_and_rule(), self.bias)
 
 
 class MaskedConv2d(_MaskedLayer, Conv2dGeometry):
@@ -131,8 +135,7 @@ class MaskedConv2d(_MaskedLayer, Conv2dGeometry):
         return scored_conv2d(
             x,
             self.values,
-            self.scores,
-            self.rule,
+            *self.scores_and_rule(),
             self.bias,
             self.stride,
             padding,

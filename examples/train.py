@@ -18,6 +18,7 @@ import dataclasses
 import json
 import logging
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ from masked_kernels.training import (
     NETS,
     ROWS,
     SOURCES,
+    EpochRecord,
     Normalize,
     Preset,
     Row,
@@ -49,6 +51,7 @@ from masked_kernels.training import (
 from masked_kernels.training.checkpoint import write_atomically
 from masked_kernels.training.presets import PRUNINGS, RECIPES
 from masked_kernels.training.schedules import SCHEDULES
+from masked_kernels.training.settings import AMP_DTYPES
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -102,6 +105,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--weight-decay", type=float)
     training.add_argument("--schedule", choices=tuple(SCHEDULES))
     training.add_argument("--augment", choices=tuple(AUGMENTATIONS))
+    training.add_argument("--clip-norm", type=float, help="largest norm of the gradient")
+    training.add_argument(
+        "--accumulate", type=int, metavar="N", help="run each batch through the model in N pieces"
+    )
+    training.add_argument(
+        "--amp", choices=tuple(AMP_DTYPES), help="a preset's fp16 is for CUDA, elsewhere it is off"
+    )
+    training.add_argument("--channels-last", action="store_true", default=None)
+    training.add_argument("--compile", action="store_true", default=None, help="torch.compile")
     training.add_argument(
         "--seed", type=int, default=0, help="of weights, scores, order (%(default)s)"
     )
@@ -157,6 +169,8 @@ def complete(args: argparse.Namespace) -> None:
     args.row = dataclasses.replace(row, **chosen(given, Row))
     if args.augment is not None:
         given["augment"], given["erase"] = AUGMENTATIONS[args.augment]
+    if net.settings.amp == "fp16" and not args.device.startswith("cuda"):
+        given.setdefault("amp", "off")
     args.settings = dataclasses.replace(net.settings, **chosen(given, Settings))
     if args.model is None or args.model == net.model:
         args.model, args.model_args = net.model, {**net.model_args, **args.model_args}
@@ -237,6 +251,17 @@ def describe_machine(device: str) -> dict[str, Any]:
     return described
 
 
+def usage(records: list[EpochRecord]) -> dict[str, float]:
+    """Return the medians over epochs, which a first epoch's compiling does not move, and the peak
+    of memory.
+    """
+    return {
+        "step_seconds": statistics.median(record["step_seconds"] for record in records),
+        "images_per_second": statistics.median(record["images_per_second"] for record in records),
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
+    }
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train as the arguments say; return what result.json holds."""
     if args.threads:
@@ -287,6 +312,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "best_epoch": best_record(records)["epoch"],
         "train_seconds": sum(record["seconds"] for record in records),
         "seconds": seconds,
+        **usage(records),
         "machine": describe_machine(args.device),
         **tested,
     }

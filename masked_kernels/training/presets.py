@@ -21,7 +21,7 @@ _CONVMIXER = Settings(
     weight_decay=0.005,
     augment=AUGMENTATIONS["convmixer"][0],
     erase=AUGMENTATIONS["convmixer"][1],
-    half=True,
+    amp="fp16",
 )
 # PEMN supplement A; it says nothing of augmentation.
 _VIT = Settings(

@@ -220,12 +220,12 @@ def test_stratified_order_is_a_permutation_whose_slices_keep_proportions() -> No
 def test_batches_pass_over_every_image_once_in_an_order_set_by_the_key() -> None:
     labels = torch.arange(10)
     data = ImageDataset(labels.to(torch.uint8).view(10, 1, 1, 1), labels)
-    plain = list(batches(data, 4))
-    assert [len(batch) for batch in plain] == [4, 4, 2]
-    assert torch.equal(torch.cat([batch.labels for batch in plain]), labels)
+    assert [len(part) for part in data.split(4)] == [4, 4, 2]
+    assert torch.equal(torch.cat([part.labels for part in data.split(4)]), labels)
 
     def order(*key: int) -> list[int]:
-        shuffled = list(batches(data, 4, seeded_generator(*key)))
+        shuffled, counts = zip(*batches(data, 4, seeded_generator(*key)), strict=True)
+        assert counts == (4, 4, 2)
         assert all(torch.equal(b.images.flatten().long(), b.labels) for b in shuffled)
         return torch.cat([batch.labels for batch in shuffled]).tolist()
 
@@ -233,6 +233,22 @@ def test_batches_pass_over_every_image_once_in_an_order_set_by_the_key() -> None
     assert order(0, 1) != order(0, 2)
     assert order(0, 1) != order(1, 1)
     assert sorted(order(0, 1)) == list(range(10))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_shares_of_a_batch_are_that_batch(world_size: int) -> None:
+    labels = torch.arange(11)
+    data = ImageDataset(labels.to(torch.uint8).view(11, 1, 1, 1), labels)
+    whole = list(batches(data, 4, seeded_generator(7)))
+    ranks = [
+        list(batches(data, 4, seeded_generator(7), rank, world_size)) for rank in range(world_size)
+    ]
+    for step, (batch, count) in enumerate(whole):
+        shares = [rank[step] for rank in ranks]
+        assert {part_count for _, part_count in shares} == {count}
+        found = torch.cat([share.labels for share, _ in shares])
+        assert torch.equal(found.sort().values, batch.labels.sort().values)
+        assert max(len(s) for s, _ in shares) - min(len(s) for s, _ in shares) <= 1
 
 
 def test_a_dataset_of_the_wrong_form_is_refused() -> None:

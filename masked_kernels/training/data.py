@@ -43,11 +43,20 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Tensor) -> Self:
+    def __getitem__(self, index: Tensor | slice) -> Self:
         return type(self)(self.images[index], self.labels[index])
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(self.images.to(device), self.labels.to(device))
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Yield it in parts of ``size`` images; the last may be smaller."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def share(self, rank: int, world_size: int) -> Self:
+        """Return every ``world_size``-th image from ``rank`` on: the share of this rank."""
+        return self[rank::world_size]
 
 
 @dataclass(frozen=True)
@@ -153,25 +162,34 @@ def stratified_order(labels: Tensor, seed: int = 0) -> Tensor:
     return shuffled[place.argsort(stable=True)]
 
 
-def seeded_generator(*key: int, device: torch.device | str = "cpu") -> Generator:
-    """Return a generator for this key, say ``(seed, epoch)``: equal keys give equal streams."""
+def derived_seed(*key: int) -> int:
+    """Return a seed for this key, say ``(seed, epoch)``; zeros at the end of a key do not count."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0] >> np.uint64(1)))
+    return int(state[0] >> np.uint64(1))
+
+
+def seeded_generator(*key: int, device: torch.device | str = "cpu") -> Generator:
+    """Return a generator seeded for this key: equal keys give equal streams."""
+    return torch.Generator(device).manual_seed(derived_seed(*key))
 
 
 def batches(
-    dataset: ImageDataset, batch_size: int, generator: Generator | None = None
-) -> Iterator[ImageDataset]:
-    """Yield every image once, ``batch_size`` at a time; the last batch may be smaller.
+    dataset: ImageDataset,
+    batch_size: int,
+    generator: Generator,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[ImageDataset, int]]:
+    """Yield every image once, in an order drawn from ``generator``, ``batch_size`` at a time; the
+    last batch may be smaller.
 
-    With a generator the order is shuffled, on the generator's device, which must be the data's.
+    Args:
+        generator: on the device of the data; equal on all ranks.
+        rank, world_size: of a batch, yield the share of this of so many processes.
+
+    Yields:
+        The share and the number of images of the whole batch.
     """
-    if generator is None:
-        for images, labels in zip(
-            dataset.images.split(batch_size), dataset.labels.split(batch_size), strict=True
-        ):
-            yield ImageDataset(images, labels)
-    else:
-        order = torch.randperm(len(dataset), generator=generator, device=generator.device)
-        for index in order.split(batch_size):
-            yield dataset[index]
+    order = torch.randperm(len(dataset), generator=generator, device=generator.device)
+    for index in order.split(batch_size):
+        yield dataset[index[rank::world_size]], len(index)

@@ -1,6 +1,7 @@
 """Masked layers whose scores are sharded by rows over a mesh of processes."""
 
 import itertools
+import math
 import weakref
 from typing import Any
 
@@ -110,6 +111,17 @@ class _ShardedLayer(FrozenLayer):
     def mask(self) -> PackedMask:
         """The mask that ``select_masks_`` chose last."""
         return PackedMask(self.words, self.weight_shape)
+
+    def smallest_kept(self) -> float | None:
+        """As without shards; a collective."""
+        bits = distribute_tensor(
+            self.mask.unpack(), self.scores.device_mesh, [Shard(0)], src_data_rank=None
+        )
+        scores = self.scores.detach().to_local()
+        kept = (scores.abs() if self.rule.absolute else scores)[bits.to_local()]
+        smallest = kept.amin() if len(kept) else kept.new_full((), math.inf)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, self.scores.device_mesh.get_group())
+        return smallest.item() if self.mask.count() else None
 
     def scores_and_rule(self) -> tuple[Tensor, Rule]:
         scores: Tensor = _WholeScores.apply(self.scores, self.rule.absolute)  # type: ignore[no-untyped-call]

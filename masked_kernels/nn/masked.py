@@ -60,6 +60,12 @@ class _MaskedLayer(FrozenLayer):
     def scale(self) -> Tensor | None:
         return self.rule.weight_scale(self.mask.words, self.scores.numel())
 
+    def smallest_kept(self) -> float | None:
+        """The smallest score kept, of their magnitudes if the rule ranks those; None if none is."""
+        scores = self.scores.detach()
+        kept = (scores.abs() if self.rule.absolute else scores)[self.mask.unpack()]
+        return kept.min().item() if len(kept) else None
+
     def scores_and_rule(self) -> tuple[Tensor, Rule]:
         """What the forward ranks, and how. ``distributed`` has layers that keep neither whole."""
         return self.scores, self.rule

@@ -180,8 +180,8 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[ImageDataset, int]]:
-    """Yield every image once, in an order drawn from ``generator``, ``batch_size`` at a time; the
-    last batch may be smaller.
+    """Yield every image once, in an order drawn from ``generator``, in batches of
+    ``batch_lengths``.
 
     Args:
         generator: on the device of the data; equal on all ranks.
@@ -191,5 +191,27 @@ def batches(
         The share and the number of images of the whole batch.
     """
     order = torch.randperm(len(dataset), generator=generator, device=generator.device)
-    for index in order.split(batch_size):
+    for index in order.split(batch_lengths(len(dataset), batch_size, world_size)):
         yield dataset[index[rank::world_size]], len(index)
+
+
+def batch_lengths(count: int, batch_size: int, world_size: int = 1) -> list[int]:
+    """How many of ``count`` images each batch has: ``batch_size``, and the last one the rest.
+
+    A rest of fewer images than there are processes joins the batch before it, so that all of them
+    have a share of every batch.
+
+    Raises:
+        ValueError: not even one batch has an image for every process.
+    """
+    if min(count, batch_size) < world_size:
+        raise ValueError(
+            f"batch_size: got {batch_size} of {count} images, expected one or more for each of "
+            f"{world_size} processes"
+        )
+    batches, rest = divmod(count, batch_size)
+    lengths = [batch_size] * batches
+    if rest >= world_size:
+        return [*lengths, rest]
+    lengths[-1] += rest
+    return lengths

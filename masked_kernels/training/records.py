@@ -66,11 +66,10 @@ def layer_stats(model: nn.Module, before: dict[str, PackedMask]) -> dict[str, La
     """Say what the masks are now, and how they differ from those of an earlier time."""
     stats: dict[str, LayerStats] = {}
     for name, layer in masked_layers(model).items():
-        mask, scores = layer.mask, layer.scores.detach()
-        kept = (scores.abs() if layer.rule.absolute else scores)[mask.unpack()]
+        mask = layer.mask
         stats[name] = {
             "density": mask.density(),
             "flip_rate": (mask ^ before[name]).density(),
-            "threshold": kept.min().item() if len(kept) else None,
+            "threshold": layer.smallest_kept(),
         }
     return stats

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class RunFiles:
-    """A run's folder. Any process may read it, one writes."""
+    """A run's folder. The main process alone reads and writes it: others may not see its disk."""
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder, self.writes = folder, writes

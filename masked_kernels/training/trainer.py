@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .augment import Normalize
-from .data import Splits, batches, derived_seed, seeded_generator
+from .data import Splits, batch_lengths, batches, derived_seed, seeded_generator
 from .evaluation import Score, Tally, evaluate
 from .records import EpochRecord, best_record, current_masks, layer_stats
 from .schedules import SCHEDULES
@@ -74,7 +74,8 @@ class Trainer:
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return -(-len(self.data.train) // self.settings.batch_size)
+        lengths = batch_lengths(len(self.data.train), self.settings.batch_size, self.world.size)
+        return len(lengths)
 
     def train_epoch(self, progress: Callable[[int], object]) -> Score:
         """Pass over the training images once, telling ``progress`` how many each step took."""
@@ -103,7 +104,8 @@ class Trainer:
         """Add the gradient of the mean loss over ``count`` images, of which these are this
         process's, in ``accumulate`` pieces, and their score to the tally.
         """
-        pieces = min(self.settings.accumulate, len(labels))
+        # As many on every process, whose shares differ by one image: a piece may be a collective.
+        pieces = min(self.settings.accumulate, count // self.world.size)
         split = zip(inputs.tensor_split(pieces), labels.tensor_split(pieces), strict=True)
         for piece, (x, y) in enumerate(split, 1):
             if self.settings.channels_last:
@@ -133,6 +135,7 @@ class Trainer:
         masks = current_masks(self.model)
         train = self.train_epoch(progress)
         seconds = time.perf_counter() - start
+        self.world.settle(self.model)
         val = evaluate(self.model, self.data.val, self.normalize, world=self.world)
         record: EpochRecord = {
             "epoch": self.epoch + 1,
@@ -153,7 +156,9 @@ class Trainer:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds: tensors, numbers, strings and containers of them."""
+        """Return what a checkpoint holds, whole on the main process: tensors, numbers, strings and
+        containers of them.
+        """
         return {
             "identity": self.identity,
             "model": self.world.model_state(self.model),
@@ -164,7 +169,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint, given on every process.
 
         Raises:
             ValueError: it was made with other settings; names them.
@@ -181,11 +186,12 @@ class Trainer:
         self.world.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.records = state["records"]
-        self.best_weights = state["best_weights"]
+        self.best_weights = state["best_weights"] if self.world.is_main else {}
 
     def take_best_weights(self) -> None:
         """Give the model the weights of its best epoch."""
-        self.world.load_model_state(self.model, self.best_weights)
+        best = self.world.from_main(lambda: self.best_weights)
+        self.world.load_model_state(self.model, best)
 
 
 def _convolutions_to_channels_last(model: nn.Module) -> None:

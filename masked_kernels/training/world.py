@@ -1,13 +1,18 @@
-"""The processes that train one model together. Here: one, this one."""
+"""The processes that train one model together. Here: one, this one; processes.py has several."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class World:
     """One process. A subclass for several replaces the methods; nothing else knows how many.
+
+    All processes call the methods, in the same order.
 
     Attributes:
         rank: number of this process; 0 writes files and prints.
@@ -40,19 +45,34 @@ class World:
         """Add up a tensor over all processes."""
         return values
 
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Return, or raise, on every process what ``make`` does on the main one."""
+        return make()
+
+    def settle(self, model: nn.Module) -> None:
+        """Make equal what each process counted for itself: BatchNorm's running statistics."""
+
+    def whole(self, model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
+        """Return the model as one process has it, built anew if need be, on the main process; None
+        on others.
+        """
+        return model
+
     def model_state(self, model: nn.Module) -> dict[str, Any]:
-        """Return the whole model's state, on every process; all of them call this."""
+        """Return the whole model's state on the main process, an empty one on others."""
         return model.state_dict()
 
     def load_model_state(self, model: nn.Module, state: dict[str, Any]) -> None:
-        """Put back what `model_state` returned, in a world of any size."""
+        """Put back what `model_state` returned in a world of any size, given on every process."""
         model.load_state_dict(state)
 
     def optimizer_state(self, model: nn.Module, optimizer: Any) -> dict[str, Any]:
-        """Return the whole optimizer's state, on every process; all of them call this."""
+        """Return the whole optimizer's state on the main process, an empty one on others."""
         state: dict[str, Any] = optimizer.state_dict()
         return state
 
     def load_optimizer_state(self, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-        """Put back what `optimizer_state` returned, in a world of any size."""
+        """Put back what `optimizer_state` returned in a world of any size, given on every
+        process.
+        """
         optimizer.load_state_dict(state)

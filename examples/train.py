@@ -125,6 +125,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="default: runs/NET/ROW, without a preset runs/DATASET-RECIPE",
     )
     run.add_argument("--resume", action="store_true", help="continue the run in --out, if there")
+    run.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")
     run.add_argument("--backend", default="auto", choices=("auto", *mk.backends()))
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--threads", type=int, help="of PyTorch on the CPU")
@@ -298,6 +299,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             identity=identity,
             resume=args.resume,
             progress=not args.quiet,
+            tensorboard=args.tensorboard,
         )
         seconds = time.perf_counter() - start
         tested = test_once(model, data, args.row.mask_config() is not None, args.out)
@@ -349,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; every completed epoch is in {args.out}: add --resume to go on")
         return 130
-    except (OSError, ValueError, mk.BackendError) as error:
+    except (OSError, ValueError, ImportError, mk.BackendError) as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         return 2
     return 0

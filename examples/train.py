@@ -49,7 +49,7 @@ from masked_kernels.training import (
     predict,
 )
 from masked_kernels.training.checkpoint import write_atomically
-from masked_kernels.training.presets import PRUNINGS, RECIPES
+from masked_kernels.training.presets import RECIPES
 from masked_kernels.training.schedules import SCHEDULES
 from masked_kernels.training.settings import AMP_DTYPES
 
@@ -191,11 +191,10 @@ def make_model(args: argparse.Namespace, data: Splits) -> tuple[nn.Module, dict[
     model = mk.models.create_model(
         args.model, **args.model_args, num_classes=len(data.classes), in_channels=data.channels
     )
-    if args.row.recipe in PRUNINGS:
-        how = {"method": args.row.recipe, "density": args.row.density}
-        mk.pruning.prune_model_(model, **how, seed=args.seed)
-        return model, how
-    config = args.row.mask_config()
+    row, config = args.row, args.row.mask_config()
+    if row.recipe in mk.pruning.METHODS:
+        mk.pruning.prune_model_(model, row.recipe, density=row.density, seed=args.seed)
+        return model, {"pruning": row.recipe, "density": row.density}
     if config is None:
         return model, None
     mk.mask_model_(model, config, seed=args.seed)
@@ -302,7 +301,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             tensorboard=args.tensorboard,
         )
         seconds = time.perf_counter() - start
-        tested = test_once(model, data, args.row.mask_config() is not None, args.out)
+        tested = test_once(model, data, recipe is not None, args.out)
     result = {
         "command": args.command,
         "preset": str(args.preset),

@@ -49,7 +49,7 @@ from masked_kernels.training import (
     predict,
 )
 from masked_kernels.training.checkpoint import write_atomically
-from masked_kernels.training.presets import PRUNINGS, RECIPES
+from masked_kernels.training.presets import RECIPES
 from masked_kernels.training.schedules import SCHEDULES
 from masked_kernels.training.settings import AMP_DTYPES
 
@@ -125,6 +125,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="default: runs/NET/ROW, without a preset runs/DATASET-RECIPE",
     )
     run.add_argument("--resume", action="store_true", help="continue the run in --out, if there")
+    run.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")
     run.add_argument("--backend", default="auto", choices=("auto", *mk.backends()))
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--threads", type=int, help="of PyTorch on the CPU")
@@ -190,11 +191,10 @@ def make_model(args: argparse.Namespace, data: Splits) -> tuple[nn.Module, dict[
     model = mk.models.create_model(
         args.model, **args.model_args, num_classes=len(data.classes), in_channels=data.channels
     )
-    if args.row.recipe in PRUNINGS:
-        how = {"method": args.row.recipe, "density": args.row.density}
-        mk.pruning.prune_model_(model, **how, seed=args.seed)
-        return model, how
-    config = args.row.mask_config()
+    row, config = args.row, args.row.mask_config()
+    if row.recipe in mk.pruning.METHODS:
+        mk.pruning.prune_model_(model, row.recipe, density=row.density, seed=args.seed)
+        return model, {"pruning": row.recipe, "density": row.density}
     if config is None:
         return model, None
     mk.mask_model_(model, config, seed=args.seed)
@@ -298,9 +298,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             identity=identity,
             resume=args.resume,
             progress=not args.quiet,
+            tensorboard=args.tensorboard,
         )
         seconds = time.perf_counter() - start
-        tested = test_once(model, data, args.row.mask_config() is not None, args.out)
+        tested = test_once(model, data, recipe is not None, args.out)
     result = {
         "command": args.command,
         "preset": str(args.preset),
@@ -349,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; every completed epoch is in {args.out}: add --resume to go on")
         return 130
-    except (OSError, ValueError, mk.BackendError) as error:
+    except (OSError, ValueError, ImportError, mk.BackendError) as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         return 2
     return 0

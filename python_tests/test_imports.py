@@ -24,11 +24,13 @@ LAYERS = {
     "functional": {"_ops", "autograd", "_checks", "backends", "mask", "prototype", "rules"},
     "nn": {"functional", "_ops", "_checks", "_text", "backends", "mask", "prototype", "rules"},
     "recipes": {"nn", "rules"},
+    "pruning": {"_checks", "mask", "prototype", "rules", "nn"},
     "models": {"nn"},
     "storage": {"_checks", "_text", "mask", "prototype", "rules", "nn", "models", "_host"},
     "distributed": {"_ops", "_checks", "backends", "mask", "rules", "nn"},
     "training": {
         "backends",
+        "pruning",
         "mask",
         "prototype",
         "rules",

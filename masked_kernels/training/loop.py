@@ -41,6 +41,7 @@ def fit(
     identity: Mapping[str, Any] = MappingProxyType({}),
     resume: bool = False,
     progress: bool = True,
+    tensorboard: bool = False,
     world: World | None = None,
 ) -> list[EpochRecord]:
     """Train ``model`` in place; it ends up with the weights of its best validation accuracy.
@@ -54,6 +55,7 @@ def fit(
             the model's arguments); a resume with different ones is refused.
         resume: continue from the folder's checkpoint if there is one, else start.
         progress: show a bar on standard error, if that is a terminal.
+        tensorboard: write ``tensorboard/`` too; needs the extra of that name.
         world: the processes that train together; None for this one alone.
 
     Returns:
@@ -62,9 +64,10 @@ def fit(
     Raises:
         FileExistsError: the folder has a checkpoint and ``resume`` is False.
         ValueError: the checkpoint is damaged, or was made with other settings.
+        ImportError: a package of an extra is missing; names it.
     """
     world = world or World()
-    files = RunFiles(folder, writes=world.is_main)
+    files = RunFiles(folder, world.is_main, tensorboard)
     state = world.from_main(lambda: files.open(resume))
     trainer = Trainer(model, data, settings, identity, world)
     if state is not None:

@@ -1,22 +1,28 @@
-"""The files of a run: a checkpoint, a log, pictures of it."""
+"""The files of a run: a checkpoint, a log, a picture of it."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import load_checkpoint, remove_partial, save_checkpoint, write_atomically
 from .curves import plot_curves
 from .records import EpochRecord
-
-log = logging.getLogger(__name__)
+from .tensorboard import TensorBoard
 
 
 class RunFiles:
-    """A run's folder. The main process alone reads and writes it: others may not see its disk."""
+    """A run's folder. The main process alone reads and writes: others may not see its disk.
 
-    def __init__(self, folder: Path, writes: bool = True) -> None:
+    Args:
+        folder: made by `open`.
+        writes: whether this process does.
+        tensorboard: write the log for TensorBoard too.
+    """
+
+    def __init__(self, folder: Path, writes: bool = True, tensorboard: bool = False) -> None:
         self.folder, self.writes = folder, writes
+        self.tensorboard = tensorboard
+        self.board: TensorBoard | None = None
         self.checkpoint, self.lines = folder / "checkpoint.pt", folder / "log.jsonl"
 
     def open(self, resume: bool) -> dict[str, Any] | None:
@@ -40,6 +46,8 @@ class RunFiles:
         remove_partial(self.checkpoint)
         remove_partial(self.lines)
         write_atomically(self.lines, lambda file: file.writelines(map(_json_line, records)))
+        if self.tensorboard:
+            self.board = TensorBoard(self.folder / "tensorboard", len(records))
 
     def add(self, record: EpochRecord, state: dict[str, Any]) -> None:
         """Replace the checkpoint, then write the record to the log."""
@@ -48,6 +56,8 @@ class RunFiles:
         save_checkpoint(self.checkpoint, state)
         with self.lines.open("ab") as file:
             file.write(_json_line(record))
+        if self.board is not None:
+            self.board.add(record)
 
     def finish(self, records: list[EpochRecord]) -> None:
         """Draw the curves."""

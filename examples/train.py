@@ -3,6 +3,7 @@
     python examples/train.py                                      # digits, random_padding 1e-2
     python examples/train.py --dense --out runs/digits-dense
     python examples/train.py --dataset cifar10 --data data/cifar10 --download
+    torchrun --standalone --nproc-per-node 2 examples/train.py --parallel fsdp
     python examples/train.py --preset pemn/convmixer-8-512/rp-1e-2 --data data/cifar10
 
 A preset is NET/ROW; NET alone means its row rp-1e-2, and what else is given beats the preset.
@@ -41,6 +42,7 @@ from masked_kernels.training import (
     Row,
     Settings,
     Splits,
+    World,
     best_record,
     evaluate,
     find_net,
@@ -50,6 +52,7 @@ from masked_kernels.training import (
 )
 from masked_kernels.training.checkpoint import write_atomically
 from masked_kernels.training.presets import RECIPES
+from masked_kernels.training.processes import WORLDS, ProcessLost, open_world, own_device
 from masked_kernels.training.schedules import SCHEDULES
 from masked_kernels.training.settings import AMP_DTYPES
 
@@ -128,9 +131,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")
     run.add_argument("--backend", default="auto", choices=("auto", *mk.backends()))
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument(
+        "--parallel",
+        default="none",
+        choices=tuple(WORLDS),
+        help="under torchrun: copies of the model (ddp), or shards of its scores (fsdp)",
+    )
     run.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     run.add_argument("--quiet", action="store_true", help="no progress bar, no line per epoch")
     args = parser.parse_args(argv)
+    args.device = own_device(args.device)
     args.command = ["examples/train.py", *(sys.argv[1:] if argv is None else argv)]
     try:
         args.model_args = dict(map(parse_argument, args.model_args))
@@ -262,8 +272,8 @@ def usage(records: list[EpochRecord]) -> dict[str, float]:
     }
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train as the arguments say; return what result.json holds."""
+def run(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
+    """Train as the arguments say; return what result.json holds, None but on the main process."""
     if args.threads:
         torch.set_num_threads(args.threads)
     data = load_splits(
@@ -277,11 +287,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, recipe = make_model(args, data)
     model.to(args.device)
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(
-        f"{args.model} {args.model_args}, {args.row.recipe}: {weights:,} trained "
-        f"parameters; {args.dataset}: {len(data.train):,} train, {len(data.val):,} validation, "
-        f"{len(data.test):,} test images; {args.device}; {args.out}"
-    )
+    if world.is_main:
+        print(
+            f"{args.model} {args.model_args}, {args.row.recipe}: {weights:,} trained "
+            f"parameters; {args.dataset}: {len(data.train):,} train, {len(data.val):,} validation, "
+            f"{len(data.test):,} test images; {world.size} x {args.device}; {args.out}"
+        )
     identity = {
         "model": args.model,
         "model_args": args.model_args,
@@ -299,9 +310,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             resume=args.resume,
             progress=not args.quiet,
             tensorboard=args.tensorboard,
+            world=world,
         )
         seconds = time.perf_counter() - start
-        tested = test_once(model, data, recipe is not None, args.out)
+        whole = world.whole(model, lambda: make_model(args, data)[0].to(args.device))
+        if whole is None:
+            return None
+        tested = test_once(whole, data, recipe is not None, args.out)
     result = {
         "command": args.command,
         "preset": str(args.preset),
@@ -314,6 +329,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "train_seconds": sum(record["seconds"] for record in records),
         "seconds": seconds,
         **usage(records),
+        "processes": world.size,
         "machine": describe_machine(args.device),
         **tested,
     }
@@ -345,11 +361,20 @@ def report(result: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
+    go_on = f"every completed epoch is in {args.out}: add --resume to go on"
     try:
-        report(run(args))
+        with open_world(args.parallel, args.device) as world:
+            if not world.is_main:
+                logging.getLogger().setLevel(logging.WARNING)
+            result = run(args, world)
+        if result is not None:
+            report(result)
     except KeyboardInterrupt:
-        print(f"\nstopped; every completed epoch is in {args.out}: add --resume to go on")
+        print(f"\nstopped; {go_on}")
         return 130
+    except ProcessLost as error:
+        print(f"{error}; {go_on}", file=sys.stderr)
+        return 1
     except (OSError, ValueError, ImportError, mk.BackendError) as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         return 2

@@ -32,14 +32,15 @@ def shard_model_(model: nn.Module, mesh: DeviceMesh | None = None, **options: An
     has. Make the optimizer afterwards.
 
     Args:
-        model: with masked layers, on the mesh's device.
+        model: on the mesh's device; one without masked layers is left to ``fully_shard``.
         mesh: of one dimension; None for all processes.
         options: of ``fully_shard`` of the model. For mixed precision use ``torch.autocast``
             rather than ``mp_policy``, which knows nothing of frozen values.
     """
     mesh = _mesh_of(model, mesh)
     broadcast_model_(model, mesh.get_group())
-    shard_scores_(model, mesh)
+    if any(type(module) in _SHARDED for module in model.modules()):
+        shard_scores_(model, mesh)
     scores = {id(layer.scores) for layer in _sharded_layers(model)}
     ignored = {p for p in model.parameters() if not p.requires_grad or id(p) in scores}
     fully_shard(model, mesh=mesh, ignored_params=ignored, **options)

@@ -125,9 +125,11 @@ def open_world(parallel: str, device: str, timeout: float = 600.0) -> Iterator[W
     if not launched:
         yield World()
         return
+    backend = "gloo"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=timeout))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         yield WORLDS[parallel]()

@@ -162,4 +162,4 @@ def _conv_grad_weight(
         grad: Tensor = native().depthwise_grad(*pixels, size[2], *padding)
         return grad.view(size)
     grad = conv2d_weight(x, size, grad_y, stride, padding, dilation, groups)
-    return grad.contiguous()
+    return grad.contiguous().view(size)  # the strides of sizes of 1 too, which DDP looks at

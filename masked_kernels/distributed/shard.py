@@ -118,7 +118,7 @@ class _ShardedLayer(FrozenLayer):
         bits = distribute_tensor(
             self.mask.unpack(), self.scores.device_mesh, [Shard(0)], src_data_rank=None
         )
-        scores = self.scores.detach().to_local()
+        scores = self.scores.to_local().detach()
         kept = (scores.abs() if self.rule.absolute else scores)[bits.to_local()]
         smallest = kept.amin() if len(kept) else kept.new_full((), math.inf)
         dist.all_reduce(smallest, dist.ReduceOp.MIN, self.scores.device_mesh.get_group())

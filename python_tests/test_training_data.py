@@ -293,6 +293,14 @@ def test_the_shares_of_a_batch_are_that_batch(world_size: int) -> None:
         assert max(len(s) for s, _ in shares) - min(len(s) for s, _ in shares) <= 1
 
 
+def test_without_validation_images_the_test_images_stand_in() -> None:
+    splits = load_splits("digits", val_size=0, limit_test=50).to("cpu")
+    assert splits.val is splits.test and len(splits.test) == 50
+    assert len(splits.train) == len(load_splits("digits").train) + len(load_splits("digits").val)
+    with pytest.raises(ValueError, match="2000 \\+ -1 were asked for"):
+        load_splits("digits", val_size=-1, limit_train=2000)
+
+
 def test_a_dataset_of_the_wrong_form_is_refused() -> None:
     with pytest.raises(ValueError, match=r"uint8 .* got torch.float32"):
         ImageDataset(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64))

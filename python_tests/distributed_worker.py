@@ -359,7 +359,7 @@ def run_arguments(parallel: str, out: Path) -> list[str]:
 
 
 def runs(folder: Path) -> None:
-    """Go on with the run that lost a process, and do the same undisturbed; then copies, not shards."""
+    """Go on with the run that lost a process; the same undisturbed; then one of copies."""
     with open_world("fsdp", "cpu", timeout=60) as world:
 
         def run(name: str, *more: str, world: World = world) -> dict:

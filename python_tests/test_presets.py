@@ -125,6 +125,7 @@ def test_fields_of_the_mask_configuration_can_be_given() -> None:
     [
         (["--preset", "pemn/convmixer-8-512/rp"], "unknown preset 'pemn/convmixer-8-512/rp'"),
         ([*CONVMIXER, "--mask-args", "mode=random"], "mode: got 'random', expected one of copy"),
+        ([*CONVMIXER, "--mask-args", "seed=1"], "mask_args: got seed, expected of align, mode"),
         ([*CONVMIXER, "--mask-args", "mode"], "got mode, expected NAME=VALUE"),
         ([*CONVMIXER, "--epochs", "0"], "epochs: got 0, expected at least 1"),
     ],

@@ -1,7 +1,7 @@
 """Checkpoints that a kill cannot damage, and that load without running code from the file."""
 
 import os
-import tempfile
+import secrets
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +15,15 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
     Whoever reads ``path``, even after a crash or a power cut, finds the old or the new content.
     """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_partial_prefix(path))
+    partial = path.with_name(f"{_partial_prefix(path)}{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with partial.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        partial.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -4,7 +4,7 @@ It keeps three files in its folder: ``checkpoint.pt``, replaced atomically after
 ``log.jsonl``, one line an epoch; ``curves.png``. The checkpoint is the truth: a resumed run
 rewrites the log from it. What an epoch does depends on the state after the last one and on
 ``(seed, epoch)`` alone, dropout included, so a run that was killed ends with the same bits as one
-that was not, on the same device with the same number of threads.
+that was not, on the same device with the same number of threads, if its kernels are deterministic.
 
 Where several processes come in, each at one place: `World` wraps the model, makes gradients equal,
 adds up tallies, gathers whole states and hands out what the main process read; `batches` takes a

@@ -4,6 +4,7 @@ A preset is a net (model, data, training settings) and a row of the paper's tabl
 the weights). Every net goes with every row.
 """
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,6 +118,11 @@ class Row:
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe: got {self.recipe!r}, expected one of {', '.join(RECIPES)}")
+        known = {f.name for f in dataclasses.fields(MaskConfig)}
+        if unknown := sorted(set(self.mask_args) - known):
+            raise ValueError(
+                f"mask_args: got {', '.join(unknown)}, expected of {', '.join(sorted(known))}"
+            )
 
     def mask_config(self) -> MaskConfig | None:
         """Return how to mask a model; None for ``dense`` and pruned rows.

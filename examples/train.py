@@ -52,8 +52,14 @@ from masked_kernels.training import (
     predict,
 )
 from masked_kernels.training.checkpoint import write_atomically
+from masked_kernels.training.launch import (
+    PARALLEL,
+    ProcessLost,
+    leave,
+    open_world,
+    own_device,
+)
 from masked_kernels.training.presets import RECIPES
-from masked_kernels.training.processes import WORLDS, ProcessLost, open_world, own_device
 from masked_kernels.training.schedules import SCHEDULES
 from masked_kernels.training.settings import AMP_DTYPES
 
@@ -147,7 +153,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument(
         "--parallel",
         default="none",
-        choices=tuple(WORLDS),
+        choices=PARALLEL,
         help="under torchrun: copies of the model (ddp), or shards of its scores (fsdp)",
     )
     run.add_argument(
@@ -407,4 +413,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -20,7 +20,7 @@ from distributed_worker import run_arguments
 from masked_kernels.training import ImageDataset, batches, seeded_generator
 from masked_kernels.training.checkpoint import load_checkpoint
 from masked_kernels.training.data import batch_lengths
-from masked_kernels.training.processes import open_world
+from masked_kernels.training.launch import open_world
 
 TESTS = Path(__file__).parent
 WORKER = TESTS / "distributed_worker.py"

@@ -381,9 +381,12 @@ def report(result: dict[str, Any]) -> None:
         print(
             f"packed              {100 * result['packed_test_accuracy']:.2f} %, {same} predictions"
         )
+        formula = ""  # of one bit a weight: not of pruned networks
+        if "pruning" not in result["recipe"]:
+            formula = f"; {100 * sizes['paper_ratio']:.1f} % by PEMN's formula"
         print(
             f"file                {sizes['file_bytes']:,} bytes, {100 * sizes['ratio']:.1f} % of "
-            f"{sizes['dense_bytes']:,} dense; {100 * sizes['paper_ratio']:.1f} % by PEMN's formula"
+            f"{sizes['dense_bytes']:,} dense{formula}"
         )
     else:
         print(f"file                {sizes['file_bytes']:,} bytes")

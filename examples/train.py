@@ -305,13 +305,15 @@ def run(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    data = load_splits(
-        args.dataset,
-        args.data,
-        download=args.download,
-        val_size=args.val_size,
-        limit_train=args.limit_train,
-        limit_test=args.limit_test,
+    data = world.from_main(  # others' machines may not have the files
+        lambda: load_splits(
+            args.dataset,
+            args.data,
+            download=args.download,
+            val_size=args.val_size,
+            limit_train=args.limit_train,
+            limit_test=args.limit_test,
+        )
     ).to(args.device)
     model, recipe = make_model(args, data)
     model.to(args.device)

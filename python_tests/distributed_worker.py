@@ -209,6 +209,14 @@ def check_frozen_values_stay_at_home(rank: int) -> None:
     assert torch.equal(model[0].prototype.values, before)
 
 
+def check_a_plain_model_in_channels_last() -> None:
+    model, whole = (nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last) for _ in range(2))
+    md.shard_model_(model)
+    md.load_model_state(model, whole.state_dict())
+    images = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(model(images), whole(images))
+
+
 def check_masks_follow_the_scores(rank: int) -> None:
     model = make_model("random_padding")
     shared = MaskedLinear(1, 1, bias=False).double()
@@ -346,6 +354,7 @@ def checks(folder: Path) -> None:
                     check_gradients_and_steps(recipe, mesh, rank, mesh.size())
         check_select_rows_errors(rank)
         check_frozen_values_stay_at_home(rank)
+        check_a_plain_model_in_channels_last()
         check_masks_follow_the_scores(rank)
         check_states_move(two, three, rank)
         check_fit(Replicas(), folder / "ddp")

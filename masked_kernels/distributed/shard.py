@@ -43,6 +43,8 @@ def shard_model_(model: nn.Module, mesh: DeviceMesh | None = None, **options: An
         shard_scores_(model, mesh)
     scores = {id(layer.scores) for layer in _sharded_layers(model)}
     ignored = {p for p in model.parameters() if not p.requires_grad or id(p) in scores}
+    for parameter in set(model.parameters()) - ignored:
+        parameter.data = parameter.data.contiguous()  # fully_shard takes no channels_last
     fully_shard(model, mesh=mesh, ignored_params=ignored, **options)
 
 

@@ -3,7 +3,7 @@
 Threshold and N:M look at one row at a time. Top-k ranks a whole tensor: its threshold is found by a
 radix search over integer keys, 11 bits a pass, in which the ranks add up histograms. No rank sees
 another's scores; what is gathered is bits, a 32nd of them. All layers share the collectives, which
-are six however many the layers.
+are six however many the layers (nine for float64).
 """
 
 from collections.abc import Sequence

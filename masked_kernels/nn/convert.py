@@ -18,8 +18,7 @@ from .config import MaskConfig
 from .masked import MaskedConv2d, MaskedLinear, _MaskedLayer
 from .packed import PackedLinear, pack_layer
 from .packed_sequential import PackedSequential, is_fusable
-
-FilterFn = Callable[[str, nn.Module], bool]
+from .targets import FilterFn, Plain, find_targets, forbid_fused_encoders
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,9 @@ def mask_model_(
         seed: of all draws.
     """
     check_type("config", config, MaskConfig)
-    targets, skipped = _find_targets(model, filter_fn)
+    _check_has_layers(model, Plain)
+    prototype = config.values in ("max_layer_padding", "random_padding")
+    targets, skipped = find_targets(model, filter_fn, prototype)
     values = _make_values(targets, config, seed)
     masked: dict[nn.Module, FrozenLayer] = {}
     for index, (name, plain) in enumerate(targets.items()):
@@ -114,10 +115,7 @@ def materialize_(model: nn.Module) -> ConversionReport:
 def _convert(
     model: nn.Module, kind: type[FrozenLayer], convert: Callable[[Any], nn.Module]
 ) -> ConversionReport:
-    if isinstance(model, kind):
-        raise ValueError(
-            f"model: got a bare {type(model).__name__}, expected a module that contains such layers"
-        )
+    _check_has_layers(model, kind)
     replacements = {layer: convert(layer) for layer in model.modules() if isinstance(layer, kind)}
     converted = {
         name: repr(replacements[m]) for name, m in model.named_modules() if m in replacements
@@ -126,37 +124,19 @@ def _convert(
     return ConversionReport(converted, {})
 
 
+def _check_has_layers(model: nn.Module, kind: Any) -> None:
+    if isinstance(model, kind):
+        raise ValueError(
+            f"model: got a bare {type(model).__name__}, expected a module that contains such layers"
+        )
+
+
 def _replace(model: nn.Module, replacements: dict[Any, Any]) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():  # named_children() hides a module's second name
             if child in replacements:
                 setattr(parent, name, replacements[child])
-
-
-def _find_targets(
-    model: nn.Module, filter_fn: FilterFn | None
-) -> tuple[dict[str, nn.Linear | nn.Conv2d], dict[str, str]]:
-    if isinstance(model, nn.Linear | nn.Conv2d):
-        raise ValueError(
-            f"model: got a bare {type(model).__name__}, expected a module that contains such layers"
-        )
-    users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    targets: dict[str, nn.Linear | nn.Conv2d] = {}
-    skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Conv2d):
-            continue
-        if type(module) not in (nn.Linear, nn.Conv2d):
-            skipped[name] = f"{type(module).__name__} is a subclass whose forward may differ"
-        elif filter_fn is not None and not filter_fn(name, module):
-            skipped[name] = "filter_fn returned False"
-        elif users[id(module.weight)] > 1:
-            skipped[name] = "its weight is shared with another module"
-        elif not module.weight.is_floating_point():
-            skipped[name] = f"its weight is {module.weight.dtype}"
-        else:
-            targets[name] = module
-    return targets, skipped
+    forbid_fused_encoders(model)
 
 
 def _make_values(

@@ -46,14 +46,22 @@ def mask_model_(
     layer's draw depends on ``seed`` and on the layer's position alone, so recipes of one seed share
     scores and initial weights. Global random state is untouched.
 
+    A layer whose mask would change more than its own output, or go unseen, stays as it is: one that
+    shares its weight, whose weight is computed, quantised or read by the module around it (as
+    nn.MultiheadAttention does), or whose class has a forward of its own. The report names these,
+    and all other modules with a weight, with the reason. A module under two names is converted
+    once.
+
     Args:
         model: a module that contains the layers; a bare ``nn.Linear`` cannot be replaced in place.
         config: see MaskConfig and the presets in ``masked_kernels.recipes``.
-        filter_fn: ``filter_fn(name, module)`` decides which layers to convert; None converts all.
+        filter_fn: ``filter_fn(name, layer)`` decides which of the layers that can be masked are;
+            None masks all. ``lambda name, layer: isinstance(layer, nn.Conv2d)`` goes by type,
+            ``lambda name, layer: name != "head"`` by name.
         seed: of all draws.
     """
     check_type("config", config, MaskConfig)
-    _check_has_layers(model, Plain)
+    _check_contains(model, Plain)
     prototype = config.values in ("max_layer_padding", "random_padding")
     targets, skipped = find_targets(model, filter_fn, prototype)
     values = _make_values(targets, config, seed)
@@ -115,7 +123,7 @@ def materialize_(model: nn.Module) -> ConversionReport:
 def _convert(
     model: nn.Module, kind: type[FrozenLayer], convert: Callable[[Any], nn.Module]
 ) -> ConversionReport:
-    _check_has_layers(model, kind)
+    _check_contains(model, kind)
     replacements = {layer: convert(layer) for layer in model.modules() if isinstance(layer, kind)}
     converted = {
         name: repr(replacements[m]) for name, m in model.named_modules() if m in replacements
@@ -124,7 +132,7 @@ def _convert(
     return ConversionReport(converted, {})
 
 
-def _check_has_layers(model: nn.Module, kind: Any) -> None:
+def _check_contains(model: nn.Module, kind: Any) -> None:
     if isinstance(model, kind):
         raise ValueError(
             f"model: got a bare {type(model).__name__}, expected a module that contains such layers"

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
 from .._checks import FLOAT_DTYPES
 from ._layer import FrozenLayer
@@ -77,8 +76,9 @@ def _why_not(name: str, module: nn.Module, users: dict[int, list[str]]) -> str |
         return f"{kind} has no masked form"
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return f"{kind} has no weight before its first call"
-    if is_parametrized(module) or "weight" not in module._parameters:
-        return "its weight is computed from other parameters"
+    for parameter in ("weight", "bias"):  # missing where parametrized, or set by a hook
+        if parameter not in module._parameters:
+            return f"its {parameter} is computed from other parameters"
     if not is_plain(module):
         return f"{kind} has a forward of its own"
     if has_hooks(module):

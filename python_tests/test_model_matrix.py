@@ -138,14 +138,8 @@ def test_every_recipe_exports(recipe: str) -> None:
     check_export(masked("vit", recipe))
 
 
-COMPILED = {
-    "convmixer": "one_layer",
-    "vit": "random_padding",
-    "resnet": "max_layer_padding",
-    "resnet18": "piggyback",
-    "resnet50": "self_masking",
-}
-"""Compiling takes seconds: each model once, under another recipe."""
+COMPILED = {"convmixer": "one_layer", "vit": "random_padding", "resnet": "self_masking"}
+"""Compiling takes seconds: each class once, under another recipe."""
 
 
 @pytest.mark.parametrize(("name", "recipe"), COMPILED.items())
@@ -165,7 +159,7 @@ def test_compiled_training(name: str, recipe: str) -> None:
         torch.testing.assert_close(compiled, eager)
 
 
-@pytest.mark.parametrize("name", ("vit", "resnet18"))
+@pytest.mark.parametrize("name", ("vit", "resnet50"))
 def test_compiled_packed_models(name: str) -> None:
     torch._dynamo.reset()
     model, x = masked(name, "random_padding"), images()

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from ..nn._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
 from ..nn.packed import PackedConv2d, PackedLinear
-from ..prototype import Prototype
 
 PACKED: dict[str, type[PackedLinear] | type[PackedConv2d]] = {
     "linear": PackedLinear,
@@ -28,9 +27,8 @@ def geometry_of(kind: str, module: Any) -> dict[str, Any]:
 
 
 def values_of(module: Any) -> Tensor:
-    """The dense weight or the prototype's values of a layer, plain or with a mask."""
-    values = module.values if isinstance(module, FrozenLayer) else module.weight
-    return values.values if isinstance(values, Prototype) else values
+    """The tensor that holds the values of a layer, plain or with a mask."""
+    return module.held if isinstance(module, FrozenLayer) else module.weight
 
 
 def frozen_layers(model: nn.Module) -> dict[str, FrozenLayer]:

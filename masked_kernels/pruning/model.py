@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .._checks import check_shape
 from ..nn.convert import ConversionReport, FilterFn, _find_targets, _replace
 from ..nn.pruned import prune_layer
 from .magnitude import magnitude
@@ -46,7 +47,12 @@ def prune_model_(
             )
         method = METHODS[method]
     layers, skipped = _find_targets(model, filter_fn)
-    masks = prune_masks(method(model, layers, seed), density, scope)
+    scores = method(model, layers, seed)
+    if scores.keys() != layers.keys():
+        raise ValueError(f"method: got scores of {list(scores)}, expected those of {list(layers)}")
+    for name, layer in layers.items():
+        check_shape(f"scores of {name!r}", scores[name], layer.weight.shape)
+    masks = prune_masks(scores, density, scope)
     pruned = {layer: prune_layer(layer, masks[name]) for name, layer in layers.items()}
     _replace(model, pruned)
     return ConversionReport({name: repr(pruned[layer]) for name, layer in layers.items()}, skipped)

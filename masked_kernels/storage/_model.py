@@ -1,4 +1,4 @@
-"""How a model divides into masked layers and the rest of its state."""
+"""How a model divides into layers with a mask and the rest of its state."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def values_of(module: Any) -> Tensor:
 
 
 def frozen_layers(model: nn.Module) -> dict[str, FrozenLayer]:
-    """Masked and packed layers under all their names."""
+    """Layers with a mask, under all their names."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, FrozenLayer)}
 

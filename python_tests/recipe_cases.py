@@ -8,6 +8,8 @@ RECIPES = {
     "max_layer_padding": mk.recipes.max_layer_padding(),
     "random_padding": mk.recipes.random_padding(1e-2),
     "aligned": mk.recipes.random_padding(1e-2, align=True),
+    "rand": mk.recipes.random_padding(1e-2, mode="rand", seeded=True),
+    "two of four": mk.recipes.edge_popup(rule=mk.NM(2, 4), seeded=True),
     "self_masking": mk.recipes.self_masking(),
     "piggyback": mk.recipes.piggyback(),
 }

@@ -97,6 +97,31 @@ def test_train_writes_what_it_says(masked_run: Path) -> None:
     assert result["sizes"]["file_bytes"] == (masked_run / "model.safetensors").stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("preset", "row", "recipe"),
+    [
+        ("pemn/convmixer-6-256/rp-1e-1", "rp-1e-1", {"values": "random_padding", "ratio": 0.1}),
+        ("pemn/resnet-20/magnitude-96-rate", "magnitude-96-rate", {"pruning": "magnitude"}),
+    ],
+)
+def test_a_papers_preset_shrinks_by_flags(
+    tmp_path: Path, preset: str, row: str, recipe: dict
+) -> None:
+    size = ["depths=[1,1,1]", "width=4"] if "resnet" in preset else ["dim=16", "depth=1"]
+    flags = "--dataset digits --limit-train 96 --val-size 0 --limit-test 40 --epochs 2 --lr 0.01"
+    flags += " --batch-size 48 --augment none --accumulate 2 --amp bf16 --clip-norm 1 --threads 1"
+    given = ["--preset", preset, *flags.split(), "--model-args", *size]
+    assert train.main([*given, "--quiet", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["preset"], result["row"], result["chosen_by"]) == (preset, row, "test")
+    assert recipe.items() <= result["recipe"].items()
+    assert result["images"] == [96, 40, 40]
+    assert result["val_accuracy"] == result["test_accuracy"] == result["packed_test_accuracy"]
+    assert result["settings"]["amp"] == "bf16" and result["settings"]["accumulate"] == 2
+    assert result["step_seconds"] > 0 and result["images_per_second"] > 0
+    assert result["peak_memory_bytes"] > 50 * 2**20
+
+
 def test_predict_agrees_with_the_trained_model(
     masked_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +168,7 @@ def test_wrong_use_is_a_message_and_a_code(
         assert unavailable[0] in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train.parse_arguments(["--model-args", "dim"])
-    assert "NAME=INT" in capsys.readouterr().err
+    assert "NAME=VALUE" in capsys.readouterr().err
 
 
 def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +176,15 @@ def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
         train.parse_arguments(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for word in ("digits", "cifar10", "random_padding", "triton", "convmixer-paper", "--resume"):
+    for word in (
+        "digits",
+        "cifar10",
+        "random_padding",
+        "triton",
+        "pemn/vit-8-512",
+        "rp-1e-5",
+        "--resume",
+    ):
         assert word in text
 
 

@@ -12,20 +12,18 @@ from torch import Generator, Tensor, nn
 
 import masked_kernels as mk
 from masked_kernels.training import (
-    PRESETS,
     ImageDataset,
     Normalize,
     Settings,
     Splits,
     best_record,
     evaluate,
-    find_preset,
     fit,
     predict,
 )
 from masked_kernels.training.augment import RandomCrop
 from masked_kernels.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
-from masked_kernels.training.loop import Trainer
+from masked_kernels.training.trainer import Trainer
 
 SETTINGS = Settings(epochs=4, batch_size=16, lr=0.02, augment=RandomCrop(1), seed=3)
 
@@ -84,11 +82,22 @@ def test_fit_learns_and_logs_one_line_an_epoch(tmp_path: Path, data: Splits) -> 
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@dataclass
+class Inverting:
+    """Dark for bright after so many batches: what was learned is unlearned."""
+
+    after: int
+    calls: int = 0
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        self.calls += 1
+        return images if self.calls <= self.after else 255 - images
+
+
 def test_fit_ends_with_the_weights_of_the_best_validation_epoch(
     tmp_path: Path, data: Splits
 ) -> None:
-    # A rate so high that the loss rises: the last epoch is not the best.
-    settings = replace(SETTINGS, lr=3.0, optimizer="sgd", schedule="constant", epochs=6)
+    settings = replace(SETTINGS, augment=Inverting(12), schedule="constant", epochs=6)
     model = make_model()
     records = fit(model, data, settings, tmp_path, progress=False)
     best = best_record(records)
@@ -123,28 +132,42 @@ class Interrupting:
         return repr(RandomCrop(1))
 
 
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("masked", "mode"),
+    [
+        (True, {}),
+        (False, {}),
+        (True, {"amp": "fp16", "clip_norm": 0.5}),
+        (True, {"amp": "bf16", "optimizer": "sgd"}),
+        (True, {"accumulate": 3, "channels_last": True}),
+    ],
+)
 def test_interrupted_in_mid_epoch_and_resumed_is_bit_identical(
-    tmp_path: Path, data: Splits, masked: bool
+    tmp_path: Path, data: Splits, masked: bool, mode: dict
 ) -> None:
+    settings = replace(SETTINGS, **mode)
     whole, cut = make_model(masked=masked), make_model(masked=masked)
-    torch.manual_seed(7)  # dropout draws from the global generator
-    fit(whole, data, SETTINGS, tmp_path / "whole", progress=False)
+    fit(whole, data, settings, tmp_path / "whole", progress=False)
 
     # Batches are four an epoch: the tenth is the second of the third epoch.
-    torch.manual_seed(7)
-    interrupted = replace(SETTINGS, augment=Interrupting(9))
+    torch.manual_seed(7)  # whatever the global generator was, what dropout draws is the epoch's own
+    interrupted = replace(settings, augment=Interrupting(9))
     with pytest.raises(KeyboardInterrupt):
         fit(cut, data, interrupted, tmp_path / "cut", progress=False)
     assert len(lines(tmp_path / "cut")) == 2
     resumed = make_model(seed=9, masked=masked)  # as in a new process: other weights and state
-    records = fit(resumed, data, SETTINGS, tmp_path / "cut", resume=True, progress=False)
+    records = fit(resumed, data, settings, tmp_path / "cut", resume=True, progress=False)
 
     assert_same_tensors(whole.state_dict(), resumed.state_dict())
     left, right = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
     assert_same_tensors(left["model"], right["model"])
     for slot, values in left["optimizer"]["state"].items():
         assert_same_tensors(values, right["optimizer"]["state"][slot])
+    assert left["scaler"] == right["scaler"]
+    if (
+        settings.amp == "fp16"
+    ):  # it has been at work: the scale a new scaler starts from was too big
+        assert left["scaler"]["scale"] < torch.amp.GradScaler("cpu").get_scale()
     assert [r["epoch"] for r in records] == [1, 2, 3, 4]
     assert [r["train_loss"] for r in lines(tmp_path / "whole")] == [
         r["train_loss"] for r in records
@@ -183,6 +206,40 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, fails)
     assert torch.equal(load_checkpoint(path)["x"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_damaged_checkpoint_is_refused_and_nothing_else_is_touched(
+    tmp_path: Path, data: Splits
+) -> None:
+    one = replace(SETTINGS, epochs=1)
+    fit(make_model(), data, one, tmp_path, progress=False)
+    checkpoint = tmp_path / "checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    others = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p != checkpoint}
+    cut = {length: whole[:length] for length in (0, 1, 100, len(whole) // 2, len(whole) - 1)}
+    scores = load_checkpoint(checkpoint)["model"]["0.scores"]
+    altered = bytearray(whole)
+    altered[whole.index(scores.numpy().tobytes())] ^= 1  # torch.load would not notice
+    for content in (*cut.values(), bytes(altered)):
+        checkpoint.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"checkpoint\.pt is not a whole checkpoint \([\d,]+ b"
+        ):
+            fit(make_model(), data, one, tmp_path, resume=True, progress=False)
+        assert checkpoint.read_bytes() == content
+        assert others == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p != checkpoint}
+    checkpoint.write_bytes(whole)
+    assert fit(make_model(), data, one, tmp_path, resume=True, progress=False) == lines(tmp_path)
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, data: Splits) -> None:
+    one = replace(SETTINGS, epochs=1)
+    for name in (".checkpoint.pt.k1ll3d", ".log.jsonl.k1ll3d", ".other"):
+        (tmp_path / name).write_bytes(b"half")
+    fit(make_model(), data, one, tmp_path, progress=False)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("checkpoint.pt", "log.jsonl", "curves.png", ".other")
+    }
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
@@ -231,21 +288,16 @@ def test_predict_is_in_eval_mode_and_restores_training(data: Splits) -> None:
     torch.testing.assert_close(logits, predict(model, data.test.images, normalize))
 
 
-def test_presets_are_the_papers_and_can_be_found() -> None:
-    paper = PRESETS["convmixer-paper"]
-    settings = paper.settings
-    assert (settings.optimizer, settings.lr, settings.weight_decay) == ("adamw", 0.05, 0.005)
-    assert (settings.batch_size, settings.epochs, settings.schedule) == (512, 100, "triangular")
-    assert find_preset("convmixer", "cifar10") == "convmixer-paper"
-    for preset in PRESETS.values():
-        mk.models.create_model(preset.model, **preset.model_args)
-    with pytest.raises(ValueError, match="no preset for vit on digits"):
-        find_preset("vit", "digits")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"epochs": 0}, "at least 1, got 0"), ({"schedule": "step"}, "'step'; known: triangular")],
+    [
+        ({"epochs": 0}, "epochs: got 0, expected at least 1"),
+        ({"accumulate": 0}, "accumulate: got 0, expected at least 1"),
+        ({"schedule": "step"}, "schedule: got 'step', expected one of triangular"),
+        ({"optimizer": "lion"}, "optimizer: got 'lion', expected one of adamw"),
+        ({"amp": "fp8"}, "amp: got 'fp8', expected one of off, fp16, bf16"),
+        ({"clip_norm": 0.0}, "clip_norm: got 0.0, expected more than 0"),
+    ],
 )
 def test_settings_are_checked(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,24 +1,23 @@
 """Conversion of whole models: plain -> masked -> packed, and back to plain."""
 
-import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from .._checks import check_type
-from ..prototype import Prototype, prototype_period
+from ..prototype import Prototype
+from ._init import draw_scores, stream
 from ._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
+from ._values import make_values
 from .compact import compact_layer
 from .config import MaskConfig
 from .masked import MaskedConv2d, MaskedLinear, _MaskedLayer
 from .packed import PackedLinear, pack_layer
 from .packed_sequential import PackedSequential, is_fusable
-from .targets import FilterFn, Plain, find_targets, forbid_fused_encoders
+from .pruned import _PrunedLayer
+from .targets import FilterFn, bare, find_targets, forbid_fused_encoders
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,11 @@ def mask_model_(
         seed: of all draws.
     """
     check_type("config", config, MaskConfig)
-    _check_contains(model, Plain)
-    prototype = config.values in ("max_layer_padding", "random_padding")
-    targets, skipped = find_targets(model, filter_fn, prototype)
-    values = _make_values(targets, config, seed)
+    targets, skipped = find_targets(model, filter_fn, config.keeps_weights)
+    values = make_values(targets, config, seed)
     masked: dict[nn.Module, FrozenLayer] = {}
     for index, (name, plain) in enumerate(targets.items()):
-        generator = _generator(seed, index, "scores")
+        generator = stream(seed, index, "scores")
         masked[plain] = _masked_like(plain, config, values[name], generator)
     _replace(model, masked)
     if not config.train_norm:
@@ -76,8 +73,8 @@ def mask_model_(
 
 
 def pack_model_(model: nn.Module, compact: bool = False) -> ConversionReport:
-    """Replace every masked layer by its packed form (bits and values), in place, with the same
-    outputs.
+    """Replace every masked or pruned layer by its packed form (bits and values), in place, with the
+    same outputs.
 
     An ``nn.Sequential`` or Residual inside the model that holds a convolution followed by
     BatchNorm2d, GELU or ReLU becomes a PackedSequential, which runs them as one op: the same
@@ -88,7 +85,7 @@ def pack_model_(model: nn.Module, compact: bool = False) -> ConversionReport:
         compact: keep of a linear layer's dense weight only what its mask keeps (``CompactLinear``):
             less memory, and faster for few tokens.
     """
-    report = _convert(model, _MaskedLayer, pack_layer)
+    report = _convert(model, (_MaskedLayer, _PrunedLayer), pack_layer)
     converted = report.converted
     if compact:
         dense = {
@@ -110,8 +107,8 @@ def fuse_(model: nn.Module) -> None:
 
 
 def materialize_(model: nn.Module) -> ConversionReport:
-    """Replace every masked or packed layer by a plain ``nn.Linear`` or ``nn.Conv2d``, in place,
-    with the same outputs.
+    """Replace every masked, pruned or packed layer by a plain ``nn.Linear`` or ``nn.Conv2d``, in
+    place, with the same outputs.
     """
     report = _convert(model, FrozenLayer, lambda layer: layer.to_plain())
     for module in reversed(list(model.modules())):
@@ -121,22 +118,18 @@ def materialize_(model: nn.Module) -> ConversionReport:
 
 
 def _convert(
-    model: nn.Module, kind: type[FrozenLayer], convert: Callable[[Any], nn.Module]
+    model: nn.Module,
+    kind: type[FrozenLayer] | tuple[type[FrozenLayer], ...],
+    convert: Callable[[Any], nn.Module],
 ) -> ConversionReport:
-    _check_contains(model, kind)
+    if isinstance(model, kind):
+        raise bare(model)
     replacements = {layer: convert(layer) for layer in model.modules() if isinstance(layer, kind)}
     converted = {
         name: repr(replacements[m]) for name, m in model.named_modules() if m in replacements
     }
     _replace(model, replacements)
     return ConversionReport(converted, {})
-
-
-def _check_contains(model: nn.Module, kind: Any) -> None:
-    if isinstance(model, kind):
-        raise ValueError(
-            f"model: got a bare {type(model).__name__}, expected a module that contains such layers"
-        )
 
 
 def _replace(model: nn.Module, replacements: dict[Any, Any]) -> None:
@@ -147,56 +140,11 @@ def _replace(model: nn.Module, replacements: dict[Any, Any]) -> None:
     forbid_fused_encoders(model)
 
 
-def _make_values(
-    targets: dict[str, nn.Linear | nn.Conv2d], config: MaskConfig, seed: int
-) -> dict[str, Tensor | Prototype]:
-    """The frozen values of every layer; shared ones are one object."""
-    if not targets:
-        return {}
-    if config.values == "pretrained":
-        return {name: plain.weight.detach() for name, plain in targets.items()}
-    names = list(targets)
-
-    def draw(name: str) -> Tensor:
-        weight = targets[name].weight
-        fresh = torch.empty(weight.shape, dtype=torch.float32)
-        nn.init.kaiming_normal_(
-            fresh, nonlinearity="relu", generator=_generator(seed, names.index(name), "weight")
-        )
-        return fresh.to(weight.device, weight.dtype)
-
-    if config.values == "random":
-        return {name: draw(name) for name in names}
-    if config.values == "one_layer":
-        first: dict[torch.Size, nn.Parameter] = {}
-        for name, plain in targets.items():
-            if plain.weight.shape not in first:
-                first[plain.weight.shape] = nn.Parameter(draw(name), requires_grad=False)
-        return {name: first[plain.weight.shape] for name, plain in targets.items()}
-
-    largest = max(
-        names, key=lambda name: targets[name].weight.numel()
-    )  # max keeps the first of equals
-    size = targets[largest].weight.numel()
-    ratio = 1.0 if config.ratio is None else config.ratio
-    align = [_dominant_row_length(targets)] if config.align else None
-    prototype = Prototype(draw(largest).flatten()[: prototype_period(size, ratio, align)].clone())
-    return dict.fromkeys(names, prototype)
-
-
-def _dominant_row_length(targets: dict[str, nn.Linear | nn.Conv2d]) -> int:
-    """The row length that holds the most weights."""
-    weights: Counter[int] = Counter()
-    for plain in targets.values():
-        weights[plain.weight[0].numel()] += plain.weight.numel()
-    return weights.most_common(1)[0][0]
-
-
 def _masked_like(
     plain: nn.Linear | nn.Conv2d,
     config: MaskConfig,
     values: Tensor | Prototype,
-    generator: torch.Generator,
+    generator: Generator,
 ) -> FrozenLayer:
     kind, geometry = (
         (MaskedLinear, LinearGeometry)
@@ -206,29 +154,11 @@ def _masked_like(
     layer: FrozenLayer = kind(
         **geometry.geometry_of(plain), bias=False, device="meta", rule=config.rule, weight=values
     )
-    layer.scores = _draw_scores(plain.weight, config.score_init, generator)
+    layer.scores = draw_scores(plain.weight, config.score_init, generator)
     if plain.bias is not None:
         layer.bias = nn.Parameter(plain.bias, requires_grad=config.train_bias)
     layer.train(plain.training)
     return layer
-
-
-def _draw_scores(weight: Tensor, init: str | float, generator: torch.Generator) -> nn.Parameter:
-    """Drawn on the CPU in float32, so that a seed means the same on every device."""
-    if isinstance(init, str):
-        scores = torch.empty(weight.shape, dtype=torch.float32)
-        nn.init.kaiming_uniform_(scores, a=math.sqrt(5), generator=generator)
-    else:
-        scores = torch.full(weight.shape, init, dtype=torch.float32)
-    return nn.Parameter(scores.to(weight.device, weight.dtype))
-
-
-def _generator(seed: int, index: int, purpose: str) -> torch.Generator:
-    """An independent stream for each (seed, layer, purpose)."""
-    entropy = np.random.SeedSequence([seed, index, *purpose.encode()])
-    return torch.Generator().manual_seed(
-        int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
-    )
 
 
 def _freeze_norms(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""``summary(model)``: a table of the masked and packed layers."""
+"""``summary(model)``: a table of the layers with a mask."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from .._text import table
 from ..backends import AUTO, choose
 from ._layer import Conv2dGeometry, FrozenLayer
+from .compact import CompactLinear
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One masked or packed layer. ``mask_bytes`` counts ceil(N / 8); ``dense_bytes`` is the plain
+    """One layer with a mask. ``mask_bytes`` counts ceil(N / 8); ``dense_bytes`` is the plain
     layer's float32 weight.
     """
 
@@ -66,14 +67,13 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Shape, density, values, bytes and backend of every masked or packed layer of ``model``."""
+    """Shape, density, values, bytes and backend of every layer of ``model`` with a mask."""
     layers = []
     shared: dict[int, int] = {}
     for name, module in model.named_modules():
         if not isinstance(module, FrozenLayer):
             continue
-        values = module.weight if module.prototype is None else module.prototype.values
-        assert values is not None
+        values = module.held
         shared[values.data_ptr()] = values.numel() * values.element_size()
         numel = torch.Size(module.weight_shape).numel()
         mask = module.mask
@@ -102,4 +102,5 @@ def _chosen_backend(layer: FrozenLayer, words: Tensor, values: Tensor) -> str:
         arguments = (x, values, words, None, None, *geometry, layer.groups)
         return choose("masked_conv2d", AUTO, *arguments)
     x = values.new_empty((1, layer.weight_shape[1]))
-    return choose("masked_linear", AUTO, x, values, words, None, None)
+    op = "compact_linear" if isinstance(layer, CompactLinear) else "masked_linear"
+    return choose(op, AUTO, x, values, words, None, None)

@@ -30,13 +30,15 @@ def is_plain(module: nn.Module | None) -> bool:
 
 
 def find_targets(
-    model: nn.Module, filter_fn: FilterFn | None, prototype: bool
+    model: nn.Module, filter_fn: FilterFn | None, keep_weights: bool
 ) -> tuple[dict[str, Plain], dict[str, str]]:
-    """The layers to mask, and for every other module with a weight the reason, by name.
+    """The layers to convert, and for every other module with a weight the reason, by name.
 
-    ``prototype`` says that the masked layers will have no weight of their shape.
+    ``keep_weights`` says that the new layers will have a weight, of a prototype they have none.
     """
-    readers, users = _readers(model, prototype), _users(model)
+    if isinstance(model, Plain):
+        raise bare(model)
+    readers, users = _readers(model, keep_weights), _users(model)
     targets: dict[str, Plain] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -51,6 +53,13 @@ def find_targets(
         else:
             skipped[name] = reason
     return targets, skipped
+
+
+def bare(model: nn.Module) -> ValueError:
+    """The error for a layer that no module contains, so that nothing can hold another in place."""
+    return ValueError(
+        f"model: got a bare {type(model).__name__}, expected a module that contains such layers"
+    )
 
 
 def _has_weight(module: nn.Module) -> bool:
@@ -71,7 +80,7 @@ def _why_not(name: str, module: nn.Module, users: dict[int, list[str]]) -> str |
     if kind in ("Linear", "Conv2d"):  # a quantised one, for example
         kind = f"{type(module).__module__}.{kind}"
     if isinstance(module, FrozenLayer):
-        return "it is masked already"
+        return "it has a mask already"
     if not isinstance(module, Plain):
         return f"{kind} has no masked form"
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
@@ -124,10 +133,10 @@ def _memory(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _readers(model: nn.Module, prototype: bool) -> dict[nn.Module, str]:
+def _readers(model: nn.Module, keep_weights: bool) -> dict[nn.Module, str]:
     """The layers whose weight another module's forward reads past the layer's own, where a mask
     would go unseen, and the reason to skip them. To read no more than its dtype or shape is
-    harmless unless the masked layer has no weight.
+    harmless where the new layer has a weight.
     """
     readers: dict[nn.Module, str] = {}
     for parent in model.modules():
@@ -141,7 +150,7 @@ def _readers(model: nn.Module, prototype: bool) -> dict[nn.Module, str]:
                 continue
             if values:
                 readers[child] = f"{kind.__name__}.forward reads its weight"
-            elif prototype:
+            elif not keep_weights:
                 asks = f"{kind.__name__}.forward asks what its weight is"
                 readers.setdefault(child, f"{asks}, and a layer of a prototype has none")
     return readers

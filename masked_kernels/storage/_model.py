@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..nn._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
 from ..nn.packed import PackedConv2d, PackedLinear
+from ..nn.targets import is_plain
 
 PACKED: dict[str, type[PackedLinear] | type[PackedConv2d]] = {
     "linear": PackedLinear,
@@ -15,10 +16,8 @@ PACKED: dict[str, type[PackedLinear] | type[PackedConv2d]] = {
 
 def kind_of(module: nn.Module | None) -> str | None:
     """``linear`` or ``conv2d`` for a layer of that kind, plain or with a mask, else None."""
-    if isinstance(module, LinearGeometry) or type(module) is nn.Linear:
-        return "linear"
-    if isinstance(module, Conv2dGeometry) or type(module) is nn.Conv2d:
-        return "conv2d"
+    if isinstance(module, LinearGeometry | Conv2dGeometry) or is_plain(module):
+        return "linear" if isinstance(module, LinearGeometry | nn.Linear) else "conv2d"
     return None
 
 

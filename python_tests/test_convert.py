@@ -5,20 +5,11 @@ import dataclasses
 
 import pytest
 import torch
+from recipe_cases import RECIPES
 from torch import nn
 
 import masked_kernels as mk
 from masked_kernels.nn._layer import FrozenLayer
-
-RECIPES = {
-    "edge_popup": mk.recipes.edge_popup(),
-    "one_layer": mk.recipes.one_layer(0.3),
-    "max_layer_padding": mk.recipes.max_layer_padding(),
-    "random_padding": mk.recipes.random_padding(1e-2),
-    "aligned": mk.recipes.random_padding(1e-2, align=True),
-    "self_masking": mk.recipes.self_masking(),
-    "piggyback": mk.recipes.piggyback(),
-}
 
 
 def small() -> nn.Module:

@@ -17,7 +17,7 @@ from .masked import MaskedConv2d, MaskedLinear, _MaskedLayer
 from .packed import PackedLinear, pack_layer
 from .packed_sequential import PackedSequential, is_fusable
 from .pruned import _PrunedLayer
-from .targets import FilterFn, bare, find_targets, forbid_fused_encoders
+from .targets import FilterFn, Plain, find_targets, forbid_fused_encoders
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def mask_model_(
         seed: of all draws.
     """
     check_type("config", config, MaskConfig)
-    targets, skipped = find_targets(model, filter_fn, config.keeps_weights)
+    _check_contains(model, Plain)
+    targets, skipped = find_targets(model, filter_fn, config.makes_prototypes)
     values = make_values(targets, config, seed)
     masked: dict[nn.Module, FrozenLayer] = {}
     for index, (name, plain) in enumerate(targets.items()):
@@ -122,14 +123,20 @@ def _convert(
     kind: type[FrozenLayer] | tuple[type[FrozenLayer], ...],
     convert: Callable[[Any], nn.Module],
 ) -> ConversionReport:
-    if isinstance(model, kind):
-        raise bare(model)
+    _check_contains(model, kind)
     replacements = {layer: convert(layer) for layer in model.modules() if isinstance(layer, kind)}
     converted = {
         name: repr(replacements[m]) for name, m in model.named_modules() if m in replacements
     }
     _replace(model, replacements)
     return ConversionReport(converted, {})
+
+
+def _check_contains(model: nn.Module, kind: Any) -> None:
+    if isinstance(model, kind):
+        raise ValueError(
+            f"model: got a bare {type(model).__name__}, expected a module that contains such layers"
+        )
 
 
 def _replace(model: nn.Module, replacements: dict[Any, Any]) -> None:

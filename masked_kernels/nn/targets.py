@@ -30,15 +30,13 @@ def is_plain(module: nn.Module | None) -> bool:
 
 
 def find_targets(
-    model: nn.Module, filter_fn: FilterFn | None, keep_weights: bool
+    model: nn.Module, filter_fn: FilterFn | None, prototype: bool
 ) -> tuple[dict[str, Plain], dict[str, str]]:
-    """The layers to convert, and for every other module with a weight the reason, by name.
+    """The layers to mask, and for every other module with a weight the reason, by name.
 
-    ``keep_weights`` says that the new layers will have a weight, of a prototype they have none.
+    ``prototype`` says that the masked layers will have no weight of their shape.
     """
-    if isinstance(model, Plain):
-        raise bare(model)
-    readers, users = _readers(model, keep_weights), _users(model)
+    readers, users = _readers(model, prototype), _users(model)
     targets: dict[str, Plain] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -53,13 +51,6 @@ def find_targets(
         else:
             skipped[name] = reason
     return targets, skipped
-
-
-def bare(model: nn.Module) -> ValueError:
-    """The error for a layer that no module contains, so that nothing can hold another in place."""
-    return ValueError(
-        f"model: got a bare {type(model).__name__}, expected a module that contains such layers"
-    )
 
 
 def _has_weight(module: nn.Module) -> bool:
@@ -133,10 +124,10 @@ def _memory(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _readers(model: nn.Module, keep_weights: bool) -> dict[nn.Module, str]:
+def _readers(model: nn.Module, prototype: bool) -> dict[nn.Module, str]:
     """The layers whose weight another module's forward reads past the layer's own, where a mask
     would go unseen, and the reason to skip them. To read no more than its dtype or shape is
-    harmless where the new layer has a weight.
+    harmless unless the masked layer has no weight.
     """
     readers: dict[nn.Module, str] = {}
     for parent in model.modules():
@@ -150,7 +141,7 @@ def _readers(model: nn.Module, keep_weights: bool) -> dict[nn.Module, str]:
                 continue
             if values:
                 readers[child] = f"{kind.__name__}.forward reads its weight"
-            elif not keep_weights:
+            elif prototype:
                 asks = f"{kind.__name__}.forward asks what its weight is"
                 readers.setdefault(child, f"{asks}, and a layer of a prototype has none")
     return readers

@@ -3,9 +3,9 @@
 from torch import nn
 
 from .._checks import check_shape
-from ..nn.convert import ConversionReport, _replace
+from ..nn.convert import ConversionReport, _check_contains, _replace
 from ..nn.pruned import prune_layer
-from ..nn.targets import FilterFn, find_targets
+from ..nn.targets import FilterFn, Plain, find_targets
 from .magnitude import magnitude
 from .masks import Method, prune_masks
 from .random import random
@@ -47,7 +47,8 @@ def prune_model_(
                 f"method: got {method!r}, expected one of {', '.join(METHODS)} or a function"
             )
         method = METHODS[method]
-    layers, skipped = find_targets(model, filter_fn, keep_weights=True)
+    _check_contains(model, Plain)
+    layers, skipped = find_targets(model, filter_fn, prototype=False)
     scores = method(model, layers, seed)
     if scores.keys() != layers.keys():
         raise ValueError(f"method: got scores of {list(scores)}, expected those of {list(layers)}")

@@ -1,5 +1,7 @@
 """Every registered model under every recipe; ConvMixer against the paper's counts."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -10,9 +12,17 @@ from masked_kernels.models import spec_of
 TINY = {"dim": 16, "depth": 2, "patch_size": 2, "in_channels": 3, "num_classes": 5}
 
 
+SMALLER = {
+    "convmixer": TINY,
+    "resnet": {"width": 4, "num_classes": 5},
+    "vit": {"dim": 16, "heads": 2, "dim_head": 8, "mlp_dim": 16, "image_size": 8, "num_classes": 5},
+}
+
+
 @pytest.mark.parametrize("name", mk.models.list_models())
 def test_forward_backward_and_pack(name: str) -> None:
-    arguments = dict(TINY) if name == "convmixer" else {"num_classes": 5}
+    family = re.split(r"[_\d]", name)[0]
+    arguments = dict(SMALLER[family])
     model = mk.models.create_model(name, **arguments)
     assert spec_of(model) == mk.models.ModelSpec(name, arguments)
     mk.mask_model_(model, mk.recipes.random_padding(1e-2))

@@ -65,27 +65,7 @@ def _conv_gelu_norm(
     )
 
 
-@register_model
-def convmixer(**arguments: Any) -> ConvMixer:
-    """ConvMixer of any size; arguments as in the class."""
-    return ConvMixer(**arguments)
-
-
-@register_model
-def convmixer_256_6(**arguments: Any) -> ConvMixer:
-    return ConvMixer(dim=256, depth=6, **arguments)
-
-
-@register_model
-def convmixer_256_8(**arguments: Any) -> ConvMixer:
-    return ConvMixer(dim=256, depth=8, **arguments)
-
-
-@register_model
-def convmixer_512_6(**arguments: Any) -> ConvMixer:
-    return ConvMixer(dim=512, depth=6, **arguments)
-
-
-@register_model
-def convmixer_512_8(**arguments: Any) -> ConvMixer:
-    return ConvMixer(dim=512, depth=8, **arguments)
+register_model(ConvMixer, "convmixer")
+for dim in (256, 512):
+    for depth in (6, 8):
+        register_model(ConvMixer, f"convmixer_{dim}_{depth}", dim=dim, depth=depth)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -23,14 +24,19 @@ class ModelSpec:
         return f"create_model({self.name!r}{arguments})"
 
 
-def register_model(builder: Builder) -> Builder:
-    """Make ``builder(**arguments) -> nn.Module`` available under its function name."""
-    _builders[builder.__name__] = builder
+def register_model(builder: Builder, name: str | None = None, **defaults: Any) -> Builder:
+    """Make ``builder(**defaults, **arguments) -> nn.Module`` available under ``name``, by default
+    its own; an argument beats a default. Also a decorator.
+    """
+    _builders[name or builder.__name__] = partial(builder, **defaults)
     return builder
 
 
 def create_model(name: str, **arguments: Any) -> nn.Module:
-    """Build a registered model; ``list_models()`` has the names."""
+    """Build a registered model; ``list_models()`` has the names.
+
+    All of this package's take ``num_classes`` and ``in_channels``; their classes have the rest.
+    """
     if name not in _builders:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(list_models())}")
     model = _builders[name](**arguments)

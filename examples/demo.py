@@ -29,10 +29,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import masked_kernels as mk
-from masked_kernels.training import PRESETS, Normalize, Splits, load_splits
+from masked_kernels.training import NETS, Normalize, Splits, load_splits
 
 EXAMPLES = Path(__file__).parent
-PRESET = PRESETS["convmixer-digits"]
+NET = NETS["small/digits"]
 
 
 def step(text: str) -> None:
@@ -55,7 +55,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Any]]:
 def load_dense(path: Path, data: Splits) -> nn.Module:
     """Rebuild the plain model from examples/train.py's file."""
     model = mk.models.create_model(
-        PRESET.model, **PRESET.model_args, num_classes=len(data.classes), in_channels=data.channels
+        NET.model, **NET.model_args, num_classes=len(data.classes), in_channels=data.channels
     )
     model.load_state_dict(load_file(path))
     return model.eval()
@@ -176,7 +176,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=PRESET.settings.epochs)
+    parser.add_argument("--epochs", type=int, default=NET.settings.epochs)
     parser.add_argument("--ratio", type=float, default=1e-2, help="of random_padding")
     parser.add_argument("--seconds", type=float, default=4.0, help="timing, per batch size")
     args = parser.parse_args()

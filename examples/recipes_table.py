@@ -1,7 +1,7 @@
 """Train the plain model and every recipe of PEMN's comparison, and write a table of the results.
 
     python examples/recipes_table.py --table docs/results/cifar10_cpu.md -- \\
-        --dataset cifar10 --data data/cifar10 --download --preset convmixer-small
+        --dataset cifar10 --data data/cifar10 --download --preset small/cifar10
 
 Everything after ``--`` goes to examples/train.py as it is. Runs that are complete are not repeated
 and a run that was stopped continues, so the same command can be given again after a Ctrl-C.

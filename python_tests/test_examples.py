@@ -143,7 +143,7 @@ def test_wrong_use_is_a_message_and_a_code(
         assert unavailable[0] in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train.parse_arguments(["--model-args", "dim"])
-    assert "NAME=INT" in capsys.readouterr().err
+    assert "NAME=VALUE" in capsys.readouterr().err
 
 
 def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +151,15 @@ def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
         train.parse_arguments(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for word in ("digits", "cifar10", "random_padding", "triton", "convmixer-paper", "--resume"):
+    for word in (
+        "digits",
+        "cifar10",
+        "random_padding",
+        "triton",
+        "pemn/vit-8-512",
+        "rp-1e-5",
+        "--resume",
+    ):
         assert word in text
 
 

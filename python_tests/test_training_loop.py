@@ -12,14 +12,12 @@ from torch import Generator, Tensor, nn
 
 import masked_kernels as mk
 from masked_kernels.training import (
-    PRESETS,
     ImageDataset,
     Normalize,
     Settings,
     Splits,
     best_record,
     evaluate,
-    find_preset,
     fit,
     predict,
 )
@@ -229,18 +227,6 @@ def test_predict_is_in_eval_mode_and_restores_training(data: Splits) -> None:
     assert model.training
     assert logits.shape == (30, 2)
     torch.testing.assert_close(logits, predict(model, data.test.images, normalize))
-
-
-def test_presets_are_the_papers_and_can_be_found() -> None:
-    paper = PRESETS["convmixer-paper"]
-    settings = paper.settings
-    assert (settings.optimizer, settings.lr, settings.weight_decay) == ("adamw", 0.05, 0.005)
-    assert (settings.batch_size, settings.epochs, settings.schedule) == (512, 100, "triangular")
-    assert find_preset("convmixer", "cifar10") == "convmixer-paper"
-    for preset in PRESETS.values():
-        mk.models.create_model(preset.model, **preset.model_args)
-    with pytest.raises(ValueError, match="no preset for vit on digits"):
-        find_preset("vit", "digits")
 
 
 @pytest.mark.parametrize(

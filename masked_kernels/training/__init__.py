@@ -7,24 +7,30 @@ sheets). ``import masked_kernels`` does not import it.
 from .augment import Normalize
 from .data import ImageDataset, Splits, batches, load_splits, seeded_generator, stratified_order
 from .loop import Score, evaluate, fit, predict
-from .presets import PRESETS, Preset, Settings, find_preset
+from .presets import NETS, PRESETS, ROWS, Net, Preset, Row, find_net
 from .records import EpochRecord, best_record
+from .settings import AUGMENTATIONS, Settings
 from .sources import SOURCES
 
 __all__ = [
+    "AUGMENTATIONS",
+    "NETS",
     "PRESETS",
+    "ROWS",
     "SOURCES",
     "EpochRecord",
     "ImageDataset",
+    "Net",
     "Normalize",
     "Preset",
+    "Row",
     "Score",
     "Settings",
     "Splits",
     "batches",
     "best_record",
     "evaluate",
-    "find_preset",
+    "find_net",
     "fit",
     "load_splits",
     "predict",

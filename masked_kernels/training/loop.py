@@ -33,9 +33,9 @@ from .checkpoint import (
 )
 from .curves import plot_curves
 from .data import ImageDataset, Splits, batches, seeded_generator
-from .presets import Settings
 from .records import EpochRecord, best_record, current_masks, layer_stats
 from .schedules import SCHEDULES
+from .settings import Settings
 
 log = logging.getLogger(__name__)
 

@@ -1,129 +1,201 @@
-"""How to train: settings, and the papers' settings under a name."""
+"""The papers' experiments under a name: ``pemn/convmixer-8-512/rp-1e-2``.
 
-import dataclasses
+A preset is a net (model, data, training settings) and a row of the paper's tables (what becomes of
+the weights). Every net goes with every row.
+"""
+
+import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from .augment import (
-    ColorJitter,
-    Compose,
-    HorizontalFlip,
-    RandomCrop,
-    RandomErasing,
-    Transform,
+from .. import recipes
+from ..nn.config import MaskConfig
+from .augment import RandomCrop
+from .settings import AUGMENTATIONS, Settings
+
+# PEMN supplement A and the authors' README.
+_CONVMIXER = Settings(
+    epochs=100,
+    batch_size=512,
+    lr=0.05,
+    weight_decay=0.005,
+    augment=AUGMENTATIONS["convmixer"][0],
+    erase=AUGMENTATIONS["convmixer"][1],
+    half=True,
 )
-from .randaugment import RandAugment
-from .schedules import SCHEDULES
-
-NO_AUGMENTATION = Compose(())
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that, with the model and the data, decides how training goes.
-
-    Attributes:
-        epochs: passes over the training images.
-        batch_size: images a step.
-        lr: the largest learning rate of the schedule.
-        weight_decay: of every trained parameter, scores and norms alike.
-        optimizer: adamw, adam, or sgd with ``momentum``.
-        schedule: a key of ``SCHEDULES``.
-        augment: applied to uint8 training images.
-        erase: applied after normalisation.
-        clip_norm: largest norm of the gradient; None does not clip.
-        half: on CUDA, run the forward in float16 with loss scaling; elsewhere it does nothing.
-        seed: of the data order and augmentations (the model's own seed is its maker's).
-    """
-
-    epochs: int = 20
-    batch_size: int = 64
-    lr: float = 0.01
-    weight_decay: float = 0.005
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    momentum: float = 0.9
-    schedule: str = "triangular"
-    augment: Transform = NO_AUGMENTATION
-    erase: Transform = NO_AUGMENTATION
-    clip_norm: float | None = None
-    half: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}"
-            )
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and strings, the transforms as their ``repr``."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return values | {"augment": repr(self.augment), "erase": repr(self.erase)}
+# PEMN supplement A; it says nothing of augmentation.
+_VIT = Settings(
+    epochs=200,
+    batch_size=256,
+    lr=1e-4,
+    weight_decay=0.0,
+    optimizer="adam",
+    schedule="cosine",
+    augment=AUGMENTATIONS["vit"][0],
+)
+# PEMN supplement A, and edge-popup's code, which it follows.
+_RESNET = Settings(
+    epochs=100,
+    batch_size=256,
+    lr=0.1,
+    weight_decay=5e-4,
+    optimizer="sgd",
+    momentum=0.9,
+    schedule="cosine",
+    augment=AUGMENTATIONS["crop-flip"][0],
+)
+_CIFAR = ("cifar10", "cifar100")
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A model's arguments and its training settings for one kind of data."""
+class Net:
+    """A model, the data it is for (the first is the default), and how it is trained."""
 
     model: str
     datasets: tuple[str, ...]
     settings: Settings
-    model_args: dict[str, int] = field(default_factory=dict)
+    model_args: dict[str, Any] = field(default_factory=dict)
 
 
-PRESETS: dict[str, Preset] = {
-    # PEMN supplement A and the authors' README: ConvMixer on CIFAR-10, 100 epochs.
-    "convmixer-paper": Preset(
-        model="convmixer",
-        datasets=("cifar10",),
-        model_args={"dim": 256, "depth": 8, "kernel_size": 5, "patch_size": 2},
-        settings=Settings(
-            epochs=100,
-            batch_size=512,
-            lr=0.05,
-            weight_decay=0.005,
-            augment=Compose((HorizontalFlip(), RandAugment(2, 12), ColorJitter(0.2, 0.2, 0.2))),
-            erase=RandomErasing(0.2),
-            half=True,
-        ),
+NETS: dict[str, Net] = {
+    # Handwritten digits know left from right: shifted by a pixel, never mirrored.
+    "small/digits": Net(
+        "convmixer",
+        ("digits",),
+        Settings(epochs=15, batch_size=64, lr=0.02, augment=RandomCrop(1)),
+        {"dim": 256, "depth": 4, "kernel_size": 3, "patch_size": 2},
+    ),
+    "small/mnist": Net(
+        "convmixer",
+        ("mnist", "fashion_mnist"),
+        Settings(epochs=5, batch_size=128, lr=0.02, augment=RandomCrop(2)),
+        {"dim": 96, "depth": 4, "kernel_size": 5, "patch_size": 4},
     ),
     # The paper's optimizer for minutes on a CPU: a smaller model, fewer epochs, cheaper images.
-    "convmixer-small": Preset(
-        model="convmixer",
-        datasets=("cifar10",),
-        model_args={"dim": 96, "depth": 4, "kernel_size": 5, "patch_size": 4},
-        settings=Settings(
-            epochs=10,
-            batch_size=64,
-            lr=0.02,
-            augment=Compose((HorizontalFlip(), RandomCrop(4))),
-        ),
+    "small/cifar10": Net(
+        "convmixer",
+        ("cifar10",),
+        Settings(epochs=10, batch_size=64, lr=0.02, augment=AUGMENTATIONS["crop-flip"][0]),
+        {"dim": 96, "depth": 4, "kernel_size": 5, "patch_size": 4},
     ),
-    # Handwritten digits know left from right: shifted by a pixel, never mirrored.
-    "convmixer-digits": Preset(
-        model="convmixer",
-        datasets=("digits",),
-        model_args={"dim": 256, "depth": 4, "kernel_size": 3, "patch_size": 2},
-        settings=Settings(epochs=15, batch_size=64, lr=0.02, augment=RandomCrop(1)),
-    ),
-    "convmixer-28": Preset(
-        model="convmixer",
-        datasets=("mnist", "fashion_mnist"),
-        model_args={"dim": 96, "depth": 4, "kernel_size": 5, "patch_size": 4},
-        settings=Settings(epochs=5, batch_size=128, lr=0.02, augment=RandomCrop(2)),
-    ),
+    **{
+        f"pemn/{family}-{depth}-{dim}": Net(f"{family}_{dim}_{depth}", _CIFAR, settings)
+        for family, settings in (("convmixer", _CONVMIXER), ("vit", _VIT))
+        for depth in (6, 8)
+        for dim in (256, 512)
+    },
+    **{
+        f"pemn/resnet-{depth}": Net(f"resnet{depth}", _CIFAR, _RESNET)
+        for depth in (18, 20, 32, 34, 50, 56)
+    },
 }
 
 
-def find_preset(model: str, dataset: str) -> str:
-    """Return the name of the first preset for this model and dataset.
+PRUNINGS = ("random", "magnitude")
+RECIPES = ("dense", "edge_popup", "one_layer", "max_layer_padding", "random_padding", *PRUNINGS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What becomes of the weights.
+
+    Attributes:
+        recipe: ``dense``, a function of ``masked_kernels.recipes``, or a method of pruning:
+            ``random`` or ``magnitude``.
+        density: fraction of the weights that a mask keeps.
+        ratio: of ``random_padding``: period over the largest layer.
+        align: of ``random_padding``: move the period to a fast one near.
+    """
+
+    recipe: str
+    density: float = 0.5
+    ratio: float = 1e-2
+    align: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe: got {self.recipe!r}, expected one of {', '.join(RECIPES)}")
+
+    def mask_config(self) -> MaskConfig | None:
+        """Return how to mask a model; None for ``dense`` and pruned rows."""
+        if self.recipe == "random_padding":
+            return recipes.random_padding(self.ratio, self.density, self.align)
+        if self.recipe == "dense" or self.recipe in PRUNINGS:
+            return None
+        config: MaskConfig = getattr(recipes, self.recipe)(self.density)
+        return config
+
+
+DEFAULT_ROW = "rp-1e-2"
+
+ROWS: dict[str, Row] = {
+    "dense": Row("dense"),
+    "mask": Row("edge_popup"),
+    "one-layer": Row("one_layer"),
+    "mp": Row("max_layer_padding"),
+    **{
+        f"rp-{ratio}": Row("random_padding", ratio=float(ratio))
+        for ratio in ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5")
+    },
+    # PEMN, section 4.3: 90 % is of the bytes, and a kept weight takes three words, itself and two
+    # of index. The supplement's labels read as if it were of the weights: the rows -rate.
+    **{f"{how}-{p}": Row(how, (100 - p) / 300) for how in PRUNINGS for p in (90, 92, 94, 96)},
+    **{f"{how}-{p}-rate": Row(how, (100 - p) / 100) for how in PRUNINGS for p in (90, 92, 94, 96)},
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A net and a row, by name. ``str`` gives ``NET/ROW``."""
+
+    net: str
+    row: str = DEFAULT_ROW
+
+    def __str__(self) -> str:
+        return f"{self.net}/{self.row}"
+
+    @classmethod
+    def parse(cls, name: str) -> "Preset":
+        """Read ``NET/ROW``, or ``NET`` for its ``DEFAULT_ROW``.
+
+        Raises:
+            ValueError: unknown; says which nets and rows there are.
+        """
+        if name in NETS:
+            return cls(name)
+        net, _, row = name.rpartition("/")
+        if net not in NETS or row not in ROWS:
+            raise ValueError(
+                f"unknown preset {name!r}, expected NET/ROW with NET one of {', '.join(NETS)} "
+                f"and ROW one of {', '.join(ROWS)}"
+            )
+        return cls(net, row)
+
+
+PRESETS: tuple[str, ...] = tuple(str(Preset(net, row)) for net in NETS for row in ROWS)
+
+
+def find_net(dataset: str | None = None, model: str | None = None) -> str:
+    """Return the name of the first net for this dataset and this kind of model, of those of one
+    kind (``vit_256_6``: a ViT) this very model if there is one; None means any.
 
     Raises:
         ValueError: there is none.
     """
-    names = [n for n, p in PRESETS.items() if p.model == model and dataset in p.datasets]
+    names = [
+        name
+        for name, net in NETS.items()
+        if (dataset is None or dataset in net.datasets)
+        and (model is None or family(net.model) == family(model))
+    ]
     if not names:
-        raise ValueError(f"no preset for {model} on {dataset}; give one of {', '.join(PRESETS)}")
-    return names[0]
+        raise ValueError(
+            f"no preset for {model or 'any model'} on {dataset or 'any dataset'}; "
+            f"give one: {', '.join(NETS)}"
+        )
+    return next((name for name in names if NETS[name].model == model), names[0])
+
+
+def family(model: str) -> str:
+    """Return the letters that a model's name starts with: ``resnet`` of ``resnet32``."""
+    return re.split(r"[^a-z]", model, maxsplit=1)[0]

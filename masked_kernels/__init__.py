@@ -2,7 +2,7 @@
 as they are.
 """
 
-from . import models, nn, recipes
+from . import models, nn, pruning, recipes
 from .backends import BackendError, backends, use_backend
 from .functional import (
     gelu_batch_norm,
@@ -43,6 +43,7 @@ __all__ = [
     "nn",
     "pack_model_",
     "prototype_period",
+    "pruning",
     "recipes",
     "save_masked",
     "scored_conv2d",

@@ -24,6 +24,7 @@ LAYERS = {
     "functional": {"_ops", "autograd", "_checks", "backends", "mask", "prototype", "rules"},
     "nn": {"functional", "_ops", "_checks", "_text", "backends", "mask", "prototype", "rules"},
     "recipes": {"nn", "rules"},
+    "pruning": {"_checks", "mask", "prototype", "rules", "nn"},
     "models": {"nn"},
     "storage": {"_checks", "_text", "mask", "prototype", "rules", "nn", "models", "_host"},
     "training": {"backends", "mask", "prototype", "rules", "nn", "models", "recipes", "storage"},

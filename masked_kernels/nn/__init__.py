@@ -5,6 +5,7 @@ from .convert import ConversionReport, mask_model_, materialize_, pack_model_
 from .masked import MaskedConv2d, MaskedLinear
 from .packed import PackedConv2d, PackedLinear
 from .packed_sequential import PackedSequential
+from .pruned import PrunedConv2d, PrunedLinear
 from .sequential import FusedSequential, Residual
 from .summary import Summary, summary
 
@@ -17,6 +18,8 @@ __all__ = [
     "PackedConv2d",
     "PackedLinear",
     "PackedSequential",
+    "PrunedConv2d",
+    "PrunedLinear",
     "Residual",
     "Summary",
     "mask_model_",

@@ -1,4 +1,4 @@
-"""What masked and packed layers share: frozen values, geometry, and the way back to a plain torch
+"""What masked, pruned and packed layers share: values, geometry, and the way back to a plain torch
 layer.
 """
 
@@ -15,8 +15,10 @@ from ..prototype import Prototype
 
 
 class FrozenLayer(nn.Module):
-    """A layer of frozen values: ``weight`` (a dense parameter without gradient) or ``prototype``;
-    the other is None.
+    """Values under a mask, one of the two frozen or both: masked layers freeze the values, pruned
+    layers the mask, packed layers both.
+
+    The values are ``weight`` (dense) or ``prototype``; the other is None.
     """
 
     weight: nn.Parameter | None

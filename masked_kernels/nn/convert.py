@@ -6,18 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._checks import check_type
 from ..prototype import Prototype, prototype_period
+from ._draw import stream
 from ._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
 from .compact import compact_layer
 from .config import MaskConfig
 from .masked import MaskedConv2d, MaskedLinear, _MaskedLayer
 from .packed import PackedLinear, pack_layer
 from .packed_sequential import PackedSequential, is_fusable
+from .pruned import _PrunedLayer
 
 FilterFn = Callable[[str, nn.Module], bool]
 
@@ -58,7 +59,7 @@ def mask_model_(
     values = _make_values(targets, config, seed)
     masked: dict[nn.Module, FrozenLayer] = {}
     for index, (name, plain) in enumerate(targets.items()):
-        generator = _generator(seed, index, "scores")
+        generator = stream(seed, index, "scores")
         masked[plain] = _masked_like(plain, config, values[name], generator)
     _replace(model, masked)
     if not config.train_norm:
@@ -67,8 +68,8 @@ def mask_model_(
 
 
 def pack_model_(model: nn.Module, compact: bool = False) -> ConversionReport:
-    """Replace every masked layer by its packed form (bits and values), in place, with the same
-    outputs.
+    """Replace every masked or pruned layer by its packed form (bits and values), in place, with the
+    same outputs.
 
     An ``nn.Sequential`` or Residual inside the model that holds a convolution followed by
     BatchNorm2d, GELU or ReLU becomes a PackedSequential, which runs them as one op: the same
@@ -79,7 +80,7 @@ def pack_model_(model: nn.Module, compact: bool = False) -> ConversionReport:
         compact: keep of a linear layer's dense weight only what its mask keeps (``CompactLinear``):
             less memory, and faster for few tokens.
     """
-    report = _convert(model, _MaskedLayer, pack_layer)
+    report = _convert(model, (_MaskedLayer, _PrunedLayer), pack_layer)
     converted = report.converted
     if compact:
         dense = {
@@ -101,8 +102,8 @@ def fuse_(model: nn.Module) -> None:
 
 
 def materialize_(model: nn.Module) -> ConversionReport:
-    """Replace every masked or packed layer by a plain ``nn.Linear`` or ``nn.Conv2d``, in place,
-    with the same outputs.
+    """Replace every masked, pruned or packed layer by a plain ``nn.Linear`` or ``nn.Conv2d``, in
+    place, with the same outputs.
     """
     report = _convert(model, FrozenLayer, lambda layer: layer.to_plain())
     for module in reversed(list(model.modules())):
@@ -112,7 +113,9 @@ def materialize_(model: nn.Module) -> ConversionReport:
 
 
 def _convert(
-    model: nn.Module, kind: type[FrozenLayer], convert: Callable[[Any], nn.Module]
+    model: nn.Module,
+    kind: type[FrozenLayer] | tuple[type[FrozenLayer], ...],
+    convert: Callable[[Any], nn.Module],
 ) -> ConversionReport:
     if isinstance(model, kind):
         raise ValueError(
@@ -173,7 +176,7 @@ def _make_values(
         weight = targets[name].weight
         fresh = torch.empty(weight.shape, dtype=torch.float32)
         nn.init.kaiming_normal_(
-            fresh, nonlinearity="relu", generator=_generator(seed, names.index(name), "weight")
+            fresh, nonlinearity="relu", generator=stream(seed, names.index(name), "weight")
         )
         return fresh.to(weight.device, weight.dtype)
 
@@ -233,14 +236,6 @@ def _draw_scores(weight: Tensor, init: str | float, generator: torch.Generator) 
     else:
         scores = torch.full(weight.shape, init, dtype=torch.float32)
     return nn.Parameter(scores.to(weight.device, weight.dtype))
-
-
-def _generator(seed: int, index: int, purpose: str) -> torch.Generator:
-    """An independent stream for each (seed, layer, purpose)."""
-    entropy = np.random.SeedSequence([seed, index, *purpose.encode()])
-    return torch.Generator().manual_seed(
-        int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
-    )
 
 
 def _freeze_norms(model: nn.Module) -> None:

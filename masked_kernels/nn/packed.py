@@ -6,16 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import masked_conv2d, masked_linear
 from ..mask import PackedMask
 from ..prototype import Prototype
-from ._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
+from ._fixed import FixedMask, FixedMaskConv2d, FixedMaskLinear
+from ._layer import FrozenLayer, LinearGeometry
 
 
-class _PackedLayer(FrozenLayer):
-    """The frozen half: ``words`` (the packed mask) is a buffer."""
+class _PackedLayer(FixedMask):
+    """Values and mask are frozen."""
 
-    words: Tensor
     weight_scale: Tensor | None
 
     def _setup(
@@ -25,18 +24,12 @@ class _PackedLayer(FrozenLayer):
         bias: Tensor | None,
         scale: Tensor | None,
     ) -> None:
-        if mask.shape != self.weight_shape:
-            raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {self.weight_shape}")
+        self.set_mask(mask)
         self.set_values(weight)
-        self.register_buffer("words", mask.words)
         self.register_buffer("weight_scale", scale)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
-
-    @property
-    def mask(self) -> PackedMask:
-        return PackedMask(self.words, self.weight_shape)
 
     @property
     def scale(self) -> Tensor | None:
@@ -46,7 +39,7 @@ class _PackedLayer(FrozenLayer):
         return f"{super().extra_repr()}, weight={self._values_repr()}"
 
 
-class PackedLinear(_PackedLayer, LinearGeometry):
+class PackedLinear(_PackedLayer, FixedMaskLinear):
     """``masked_linear`` with a fixed mask.
 
     Args:
@@ -70,12 +63,8 @@ class PackedLinear(_PackedLayer, LinearGeometry):
         super().__init__(in_features, out_features)
         self._setup(weight, mask, bias, scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
-        return masked_linear(x, self.values, self.mask, self.bias, scale=self.scale)
 
-
-class PackedConv2d(_PackedLayer, Conv2dGeometry):
+class PackedConv2d(_PackedLayer, FixedMaskConv2d):
     """``masked_conv2d`` with a fixed mask.
 
     Args:
@@ -108,29 +97,17 @@ class PackedConv2d(_PackedLayer, Conv2dGeometry):
         )
         self._setup(weight, mask, bias, scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, in_channels, H, W]`` to ``[B, out_channels, H', W']``."""
-        x, padding = self.pad(x)
-        return masked_conv2d(
-            x,
-            self.values,
-            self.mask,
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            scale=self.scale,
-        )
-
 
 def pack_layer(layer: FrozenLayer) -> PackedLinear | PackedConv2d:
-    """The packed form of a masked layer, same outputs; values and bias are shared with it."""
+    """The packed form of a masked or pruned layer, same outputs; values and bias are shared."""
     kind: Any = PackedLinear if isinstance(layer, LinearGeometry) else PackedConv2d
+    values = layer.values
+    if isinstance(values, nn.Parameter) and values.requires_grad:
+        values = values.detach()  # the same memory, frozen
     with torch.no_grad():
         packed = kind(
             **layer.geometry,
-            weight=layer.values,
+            weight=values,
             mask=layer.mask,
             bias=layer.bias,
             scale=layer.scale,

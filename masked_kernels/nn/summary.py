@@ -1,4 +1,4 @@
-"""``summary(model)``: a table of the masked and packed layers."""
+"""``summary(model)``: a table of the layers with a mask."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from ._layer import Conv2dGeometry, FrozenLayer
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One masked or packed layer. ``mask_bytes`` counts ceil(N / 8); ``dense_bytes`` is the plain
+    """One layer with a mask. ``mask_bytes`` counts ceil(N / 8); ``dense_bytes`` is the plain
     layer's float32 weight.
     """
 
@@ -66,7 +66,7 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Shape, density, values, bytes and backend of every masked or packed layer of ``model``."""
+    """Shape, density, values, bytes and backend of every layer of ``model`` with a mask."""
     layers = []
     shared: dict[int, int] = {}
     for name, module in model.named_modules():

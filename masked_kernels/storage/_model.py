@@ -15,7 +15,7 @@ PACKED: dict[str, type[PackedLinear] | type[PackedConv2d]] = {
 
 
 def kind_of(module: nn.Module | None) -> str | None:
-    """``linear`` or ``conv2d`` for a plain, masked or packed layer of that kind, else None."""
+    """``linear`` or ``conv2d`` for a layer of that kind, plain or with a mask, else None."""
     if isinstance(module, LinearGeometry) or type(module) is nn.Linear:
         return "linear"
     if isinstance(module, Conv2dGeometry) or type(module) is nn.Conv2d:
@@ -28,7 +28,7 @@ def geometry_of(kind: str, module: Any) -> dict[str, Any]:
 
 
 def values_of(module: Any) -> Tensor:
-    """The dense weight or the prototype's values of a plain, masked or packed layer."""
+    """The dense weight or the prototype's values of a layer, plain or with a mask."""
     values = module.values if isinstance(module, FrozenLayer) else module.weight
     return values.values if isinstance(values, Prototype) else values
 

@@ -28,7 +28,7 @@ def load_masked(path: str | os.PathLike[str], into: nn.Module | None = None) -> 
 
     Args:
         path: of a file that ``save_masked`` wrote.
-        into: a plain, masked or packed model of the same architecture and dtypes, on any device;
+        into: a model of the same architecture and dtypes, plain or with masks, on any device;
             converted in place and returned. None rebuilds, on the CPU, what ``create_model`` built.
 
     Returns:

@@ -1,4 +1,4 @@
-"""``save_masked``: a masked or packed model into one file."""
+"""``save_masked``: a masked, pruned or packed model into one file."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def save_masked(model: nn.Module, path: str | os.PathLike[str], codec: str = AUT
     file as it was.
 
     Args:
-        model: contains masked or packed layers. If ``create_model`` built it,
+        model: contains masked, pruned or packed layers. If ``create_model`` built it,
             ``load_masked(path)`` can rebuild it.
         path: of the file, replaced if it exists.
         codec: of the mask bits: ``raw``, ``zlib``, ``lzma``, or ``auto`` for the smallest of

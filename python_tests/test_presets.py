@@ -88,7 +88,7 @@ def test_the_first_net_that_suits_is_found() -> None:
 
 
 def test_what_is_given_beats_the_preset() -> None:
-    args = train.parse_arguments(CONVMIXER)
+    args = train.parse_arguments([*CONVMIXER, "--device", "cuda"])
     assert (args.model, args.model_args, args.dataset) == ("convmixer_512_8", {}, "cifar10")
     assert args.out == Path("runs/pemn/convmixer-8-512/rp-1e-3")
     assert args.row == ROWS["rp-1e-3"] and args.settings == NETS["pemn/convmixer-8-512"].settings
@@ -103,6 +103,14 @@ def test_what_is_given_beats_the_preset() -> None:
     assert train.parse_arguments(["--preset", "pemn/vit-6-256/random-96", "--dense"]).row == Row(
         "dense"
     )
+
+
+def test_a_presets_fp16_is_for_cuda_and_a_given_one_for_any_device() -> None:
+    assert NETS["pemn/convmixer-8-512"].settings.amp == "fp16"
+    assert train.parse_arguments([*CONVMIXER, "--device", "cpu"]).settings.amp == "off"
+    for amp in ("fp16", "bf16"):
+        args = train.parse_arguments([*CONVMIXER, "--device", "cpu", "--amp", amp])
+        assert args.settings.amp == amp
 
 
 def test_model_arguments_may_be_numbers_words_and_truths() -> None:

@@ -22,11 +22,13 @@ from masked_kernels.training import (
     stratified_order,
 )
 from masked_kernels.training.sources import (
+    CIFAR10_ARCHIVES,
+    CIFAR100_ARCHIVES,
     ArrayUnpickler,
     fetch_npm,
     read_cifar10,
-    read_cifar10_binary,
-    read_cifar10_python,
+    read_cifar100,
+    read_cifar_members,
     read_idx,
     read_mnist,
     verify_md5,
@@ -86,7 +88,7 @@ def test_cifar10_from_the_binary_archive(tmp_path: Path, cifar: tuple) -> None:
         for name, (images, labels) in parts(*cifar).items()
     }
     write_archive(archive, members)
-    assert_is_cifar(read_cifar10_binary(archive), *cifar)
+    assert_is_cifar(read_cifar_members(archive, CIFAR10_ARCHIVES[0]), *cifar)
 
 
 def python2_pickle(images: np.ndarray, labels: np.ndarray) -> bytes:
@@ -101,7 +103,47 @@ def test_cifar10_from_the_python_archive(tmp_path: Path, cifar: tuple) -> None:
         f"cifar-10-batches-py/{name}": python2_pickle(*part) for name, part in parts(*cifar).items()
     }
     write_archive(archive, members)
-    assert_is_cifar(read_cifar10_python(archive), *cifar)
+    assert_is_cifar(read_cifar_members(archive, CIFAR10_ARCHIVES[1]), *cifar)
+
+
+def test_cifar100_has_its_fine_labels_from_either_archive(tmp_path: Path, cifar: tuple) -> None:
+    images, coarse = cifar
+    fine = 99 - coarse
+    flat = images.reshape(24, -1)
+    cut = {"train": slice(20), "test": slice(20, 24)}
+    records = np.concatenate([np.stack([coarse, fine], 1).astype(np.uint8), flat], axis=1)
+    write_archive(
+        tmp_path / "binary",
+        {f"cifar-100-binary/{name}.bin": records[c].tobytes() for name, c in cut.items()},
+    )
+    batches = {
+        f"cifar-100-python/{name}": {
+            b"data": flat[c],
+            b"fine_labels": fine[c].tolist(),
+            b"coarse_labels": coarse[c].tolist(),
+        }
+        for name, c in cut.items()
+    }
+    write_archive(
+        tmp_path / "python", {name: pickle.dumps(b, protocol=3) for name, b in batches.items()}
+    )
+    for name, archive in zip(("binary", "python"), CIFAR100_ARCHIVES, strict=True):
+        assert name in archive.name
+        assert_is_cifar(read_cifar_members(tmp_path / name, archive), images, fine)
+    classes = SOURCES["cifar100"].classes
+    assert len(set(classes)) == 100 and list(classes) == sorted(classes)
+
+
+def test_cifar100_is_refused_by_its_checksum_and_missed_by_name(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"expected cifar-100-binary\.tar\.gz or cifar-100-py"
+    ):
+        read_cifar100(tmp_path)
+    (tmp_path / "cifar-100-python.tar.gz").write_bytes(b"not the archive")
+    with pytest.raises(ValueError, match="eb9058c3a382ffc7106e4002c42a8d85"):
+        read_cifar100(tmp_path)
+    with pytest.raises(ValueError, match="no package registry"):
+        read_cifar100(tmp_path / "none", download=True)
 
 
 def test_unpickler_reads_a_stream_written_by_python_2() -> None:
@@ -220,12 +262,12 @@ def test_stratified_order_is_a_permutation_whose_slices_keep_proportions() -> No
 def test_batches_pass_over_every_image_once_in_an_order_set_by_the_key() -> None:
     labels = torch.arange(10)
     data = ImageDataset(labels.to(torch.uint8).view(10, 1, 1, 1), labels)
-    plain = list(batches(data, 4))
-    assert [len(batch) for batch in plain] == [4, 4, 2]
-    assert torch.equal(torch.cat([batch.labels for batch in plain]), labels)
+    assert [len(part) for part in data.split(4)] == [4, 4, 2]
+    assert torch.equal(torch.cat([part.labels for part in data.split(4)]), labels)
 
     def order(*key: int) -> list[int]:
-        shuffled = list(batches(data, 4, seeded_generator(*key)))
+        shuffled, counts = zip(*batches(data, 4, seeded_generator(*key)), strict=True)
+        assert counts == (4, 4, 2)
         assert all(torch.equal(b.images.flatten().long(), b.labels) for b in shuffled)
         return torch.cat([batch.labels for batch in shuffled]).tolist()
 
@@ -233,6 +275,30 @@ def test_batches_pass_over_every_image_once_in_an_order_set_by_the_key() -> None
     assert order(0, 1) != order(0, 2)
     assert order(0, 1) != order(1, 1)
     assert sorted(order(0, 1)) == list(range(10))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_shares_of_a_batch_are_that_batch(world_size: int) -> None:
+    labels = torch.arange(11)
+    data = ImageDataset(labels.to(torch.uint8).view(11, 1, 1, 1), labels)
+    whole = list(batches(data, 4, seeded_generator(7)))
+    ranks = [
+        list(batches(data, 4, seeded_generator(7), rank, world_size)) for rank in range(world_size)
+    ]
+    for step, (batch, count) in enumerate(whole):
+        shares = [rank[step] for rank in ranks]
+        assert {part_count for _, part_count in shares} == {count}
+        found = torch.cat([share.labels for share, _ in shares])
+        assert torch.equal(found.sort().values, batch.labels.sort().values)
+        assert max(len(s) for s, _ in shares) - min(len(s) for s, _ in shares) <= 1
+
+
+def test_without_validation_images_the_test_images_stand_in() -> None:
+    splits = load_splits("digits", val_size=0, limit_test=50).to("cpu")
+    assert splits.val is splits.test and len(splits.test) == 50
+    assert len(splits.train) == len(load_splits("digits").train) + len(load_splits("digits").val)
+    with pytest.raises(ValueError, match="2000 \\+ -1 were asked for"):
+        load_splits("digits", val_size=-1, limit_train=2000)
 
 
 def test_a_dataset_of_the_wrong_form_is_refused() -> None:

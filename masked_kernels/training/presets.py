@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import recipes
 from ..nn.config import MaskConfig
+from ..pruning import METHODS, SAVINGS, density_at_saving
 from .augment import RandomCrop
 from .settings import AUGMENTATIONS, Settings
 
@@ -21,7 +22,7 @@ _CONVMIXER = Settings(
     weight_decay=0.005,
     augment=AUGMENTATIONS["convmixer"][0],
     erase=AUGMENTATIONS["convmixer"][1],
-    half=True,
+    amp="fp16",
 )
 # PEMN supplement A; it says nothing of augmentation.
 _VIT = Settings(
@@ -91,8 +92,7 @@ NETS: dict[str, Net] = {
 }
 
 
-PRUNINGS = ("random", "magnitude")
-RECIPES = ("dense", "edge_popup", "one_layer", "max_layer_padding", "random_padding", *PRUNINGS)
+RECIPES = ("dense", "edge_popup", "one_layer", "max_layer_padding", "random_padding", *METHODS)
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Row:
     """What becomes of the weights.
 
     Attributes:
-        recipe: ``dense``, a function of ``masked_kernels.recipes``, or a method of pruning:
-            ``random`` or ``magnitude``.
+        recipe: ``dense``, a function of ``masked_kernels.recipes``, or a method of
+            ``masked_kernels.pruning``.
         density: fraction of the weights that a mask keeps.
         ratio: of ``random_padding``: period over the largest layer.
         align: of ``random_padding``: move the period to a fast one near.
@@ -120,7 +120,7 @@ class Row:
         """Return how to mask a model; None for ``dense`` and pruned rows."""
         if self.recipe == "random_padding":
             return recipes.random_padding(self.ratio, self.density, self.align)
-        if self.recipe == "dense" or self.recipe in PRUNINGS:
+        if self.recipe == "dense" or self.recipe in METHODS:
             return None
         config: MaskConfig = getattr(recipes, self.recipe)(self.density)
         return config
@@ -137,10 +137,16 @@ ROWS: dict[str, Row] = {
         f"rp-{ratio}": Row("random_padding", ratio=float(ratio))
         for ratio in ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5")
     },
-    # PEMN, section 4.3: 90 % is of the bytes, and a kept weight takes three words, itself and two
-    # of index. The supplement's labels read as if it were of the weights: the rows -rate.
-    **{f"{how}-{p}": Row(how, (100 - p) / 300) for how in PRUNINGS for p in (90, 92, 94, 96)},
-    **{f"{how}-{p}-rate": Row(how, (100 - p) / 100) for how in PRUNINGS for p in (90, 92, 94, 96)},
+    # The savings are of storage, index included; the supplement's labels read as if they were of
+    # weights: the rows -rate.
+    **{
+        f"{method}-{saving:.0%}".rstrip("%") + suffix: Row(
+            method, density_at_saving(saving, index_cost)
+        )
+        for suffix, index_cost in (("", 2.0), ("-rate", 0.0))
+        for method in METHODS
+        for saving in SAVINGS
+    },
 }
 
 

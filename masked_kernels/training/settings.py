@@ -2,7 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+import torch
 
 from .augment import (
     ColorJitter,
@@ -14,6 +16,14 @@ from .augment import (
 )
 from .randaugment import RandAugment
 from .schedules import SCHEDULES
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+
+AMP_DTYPES: dict[str, torch.dtype | None] = {
+    "off": None,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 NO_AUGMENTATION = Compose(())
 
@@ -45,7 +55,12 @@ class Settings:
         augment: applied to uint8 training images.
         erase: applied after normalisation.
         clip_norm: largest norm of the gradient; None does not clip.
-        half: on CUDA, run the forward in float16 with loss scaling; elsewhere it does nothing.
+        accumulate: pieces in which a batch goes through the model, for less memory. In exact
+            arithmetic the gradient is that of the whole batch, unless the model has BatchNorm,
+            which takes mean and variance of each piece.
+        amp: ``fp16`` (with loss scaling) or ``bf16`` runs the forward under autocast; ``off``.
+        channels_last: images, and weights of plain convolutions, in that memory format.
+        compile: run the model through ``torch.compile`` in training.
         seed: of the data order and augmentations (the model's own seed is its maker's).
     """
 
@@ -53,22 +68,33 @@ class Settings:
     batch_size: int = 64
     lr: float = 0.01
     weight_decay: float = 0.005
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: str = "adamw"
     momentum: float = 0.9
     schedule: str = "triangular"
     augment: Transform = NO_AUGMENTATION
     erase: Transform = NO_AUGMENTATION
     clip_norm: float | None = None
-    half: bool = False
+    accumulate: int = 1
+    amp: str = "off"
+    channels_last: bool = False
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}"
-            )
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", tuple(SCHEDULES)),
+            ("amp", tuple(AMP_DTYPES)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}"
+                )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm: got {self.clip_norm}, expected more than 0, or None")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings, the transforms as their ``repr``."""

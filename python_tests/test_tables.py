@@ -31,15 +31,21 @@ time.sleep(float(flags.get("--lr", 0)))
 if row == "mask" and "fail" in sys.argv:
     sys.exit("no such data")
 accuracy = 0.5 + 0.01 * int(flags["--seed"]) - 0.001 * len(row)
-sizes = {"file_bytes": 4000}
-if row != "dense":
+sizes, recipe = {"file_bytes": 4000}, None
+if row.startswith("random"):
+    sizes, recipe = {"file_bytes": 900}, {"pruning": "random", "density": 0.03}
+elif row != "dense":
     sizes = {"file_bytes": 500, "values": 12, "weights": 960, "paper_ratio": 0.04375}
+    recipe = {"ratio": 0.1}
 result = {
     "command": ["examples/train.py", *sys.argv[1:]],
     "dataset": "cifar10",
     "images": [500, 100, 200],
     "settings": {"epochs": 3, "batch_size": 64, "optimizer": "adamw", "lr": 0.02,
-                 "schedule": "triangular", "weight_decay": 0.005},
+                 "schedule": "triangular", "weight_decay": 0.005, "augment": "none"},
+    "model_args": {},
+    "recipe": recipe,
+    "chosen_by": "validation",
     "machine": {"torch": "2.13.0", "cpu": "AVX2", "threads": 1},
     "test_accuracy": accuracy,
     "val_accuracy": 0.4,
@@ -97,6 +103,13 @@ def test_every_run_is_trained_once(
     assert command.main(arguments, train) == 2
     error = capsys.readouterr().err
     assert "--epochs 3, asked for" in error and "--epochs 4: choose another --out" in error
+
+
+def test_a_schedule_is_for_its_nets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["pemn", "--schedule", "cpu", "--nets", "vit-6-256", "resnet-56"]) == 2
+    assert "--schedule cpu is for convmixer-6-256, resnet-32, vit-6-256, got resnet-56" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_failed_run_does_not_stop_the_others(
@@ -182,6 +195,9 @@ def test_page_figure_and_notes(tmp_path: Path, train: tuple[str, ...]) -> None:
     # The paper has no rp-1e-5 of ResNet-32: an empty cell.
     assert "| rp-1e-5 | 12 |  | 49.80 ± 0.71 |" in noted
     assert "| rp-1e-5 | 12 | 65.76 ± 0.23 | 49.80 ± 0.71 |" in noted
+    assert "| random-90 |  | 84.21 | 49.60 ± 0.71 | 40.00 ± 0.00 | 2 | 9.00 % | 900 | 22.5 % |" in (
+        noted
+    )
     assert "20 runs, 0.2 hours of training" in noted
 
     figure.write(result, tmp_path / "table.svg")

@@ -28,20 +28,8 @@ def main(arguments: list[str] | None = None, train: Sequence[str] = TRAIN) -> in
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, train_flags = _parser().parse_args(arguments[:split]), arguments[split + 1 :]
     command = shlex.join(["python", "-m", "bench.tables", *arguments])
-    runs = [  # seed by seed, so that a table can be made early
-        Run(
-            options.paper,
-            net,
-            row,
-            seed,
-            (*SCHEDULES[options.schedule][net], *train_flags),
-            ("--data", str(options.data), "--threads", str(options.threads), "--quiet"),
-        )
-        for seed in range(options.seeds)
-        for net in options.nets
-        for row in options.rows
-    ]
     try:
+        runs = _runs(options, train_flags)
         failed = [] if options.no_train else _train(runs, options.out, options.jobs, command, train)
         result = collect(runs, options.out, command)
     except ValueError as error:
@@ -58,6 +46,22 @@ def main(arguments: list[str] | None = None, train: Sequence[str] = TRAIN) -> in
         page.write(result, docs / f"{options.name}.md")
     print(page.tables(result))
     return 1 if failed else 0
+
+
+def _runs(options: argparse.Namespace, train_flags: Sequence[str]) -> list[Run]:
+    """Seed by seed, so that whole tables can be made early."""
+    schedule = SCHEDULES[options.schedule]
+    if missing := [net for net in options.nets if net not in schedule]:
+        raise ValueError(
+            f"--schedule {options.schedule} is for {', '.join(schedule)}, got {', '.join(missing)}"
+        )
+    where = ("--data", str(options.data), "--threads", str(options.threads), "--quiet")
+    return [
+        Run(options.paper, net, row, seed, (*schedule[net], *train_flags), where)
+        for seed in range(options.seeds)
+        for net in options.nets
+        for row in options.rows
+    ]
 
 
 def _train(

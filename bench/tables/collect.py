@@ -17,6 +17,9 @@ KEPT = (
     "best_epoch",
     "train_seconds",
     "dataset",
+    "chosen_by",
+    "model_args",
+    "recipe",
     "images",
     "settings",
     "machine",
@@ -63,8 +66,13 @@ def paper(cell: dict[str, Any]) -> Accuracy | None:
 
 
 def formula_size(cell: dict[str, Any]) -> float:
-    """Size by the paper's formula, as a fraction of the dense weights."""
-    return float(cell["runs"][0]["sizes"].get("paper_ratio", 1.0))
+    """Size by the paper's formula, as a fraction of the dense weights: a kept weight of a pruned
+    network counts three times, itself and two words of index (section 4.3.1).
+    """
+    run = cell["runs"][0]
+    if "pruning" in (run["recipe"] or {}):
+        return 3 * float(run["recipe"]["density"])
+    return float(run["sizes"].get("paper_ratio", 1.0))
 
 
 def file_bytes(cell: dict[str, Any]) -> int:

@@ -100,7 +100,7 @@ def _schedule(net: str, cells: list[dict[str, Any]], flags: list[str]) -> str:
     return (
         f"- {net}: {settings['epochs']} epochs in batches of {settings['batch_size']}, "
         f"{settings['optimizer']}, largest rate {settings['lr']:g}, {settings['schedule']}, "
-        f"weight decay {settings['weight_decay']:g}"
+        f"weight decay {settings['weight_decay']:g}, augmentation {settings['augment']}"
         + (f" (`{shlex.join(flags)}`)" if flags else ", the preset's")
     )
 

@@ -37,8 +37,25 @@ def _read() -> dict[str, dict[str, Accuracy]]:
 PAPER = _read()
 """Net to row to what the paper reports: the best test accuracy of any epoch."""
 
+_SUBSET = (
+    *("--limit-train", "5000", "--val-size", "1000", "--limit-test", "3000"),
+    *("--batch-size", "64", "--augment", "crop-flip", "--channels-last"),
+)
 SCHEDULES: dict[str, dict[str, tuple[str, ...]]] = {
     "paper": dict.fromkeys(PAPER, ()),
+    # Two minutes a run on one core: patches twice as long, so that four times as many are seen.
+    "cpu": {
+        "convmixer-6-256": (
+            *_SUBSET,
+            *("--epochs", "6", "--lr", "0.02", "--model-args", "patch_size=4"),
+        ),
+        "resnet-32": (*_SUBSET, "--epochs", "3", "--lr", "0.1"),
+        "vit-6-256": (
+            *_SUBSET,
+            *("--epochs", "3", "--lr", "0.01", "--schedule", "triangular"),
+            *("--model-args", "patch_size=8"),
+        ),
+    },
 }
 """Name to net to the flags of examples/train.py; without any, the preset's schedule is the
 paper's.

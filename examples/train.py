@@ -90,6 +90,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=None,
         help="random_padding: move the period to a fast one near",
     )
+    model.add_argument(
+        "--mask-args",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further fields of MaskConfig, e.g. seeded=true mode=rand weight_init=signed_constant",
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", choices=tuple(SOURCES), help="default: the preset's, or digits")
     data.add_argument("--data", type=Path, metavar="DIR", help="folder of the dataset's files")
@@ -140,6 +147,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.command = ["examples/train.py", *(sys.argv[1:] if argv is None else argv)]
     try:
         args.model_args = dict(map(parse_argument, args.model_args))
+        args.mask_args = dict(map(parse_argument, args.mask_args))
         complete(args)
     except ValueError as error:
         parser.error(str(error))
@@ -150,7 +158,7 @@ def parse_argument(text: str) -> tuple[str, int | float | bool | str]:
     """Read NAME=VALUE, where VALUE is a number, true, false, or a word."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"--model-args takes NAME=VALUE, got {text}")
+        raise ValueError(f"got {text}, expected NAME=VALUE")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -174,6 +182,7 @@ def complete(args: argparse.Namespace) -> None:
     if args.recipe not in (None, row.recipe):
         row = Row(args.recipe)  # nothing of another recipe's density or ratio
     args.row = dataclasses.replace(row, **chosen(given, Row))
+    args.mask_config = args.row.mask_config()
     if args.augment is not None:
         given["augment"], given["erase"] = AUGMENTATIONS[args.augment]
     if net.settings.amp == "fp16" and not args.device.startswith("cuda"):
@@ -197,7 +206,7 @@ def make_model(args: argparse.Namespace, data: Splits) -> tuple[nn.Module, dict[
     model = mk.models.create_model(
         args.model, **args.model_args, num_classes=len(data.classes), in_channels=data.channels
     )
-    row, config = args.row, args.row.mask_config()
+    row, config = args.row, args.mask_config
     if row.recipe in mk.pruning.METHODS:
         mk.pruning.prune_model_(model, row.recipe, density=row.density, seed=args.seed)
         return model, {"pruning": row.recipe, "density": row.density}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_float
+from .draw import Draw, Shuffle
 
 ROWS_PER_PATTERN = 64
 """An aligned period longer than a row must leave at least this many rows to each distinct row
@@ -22,11 +23,16 @@ class Prototype(nn.Module):
     Args:
         values: 1-D float tensor ``[period]``, at least one element. Not copied; it gets no
             gradient.
+        draw: what the values are drawn by, or what they were before ``shuffle``; None if nothing
+            makes them anew.
+        shuffle: what the values are the result of; None for none.
     """
 
     values: Tensor
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(
+        self, values: Tensor, draw: Draw | None = None, shuffle: Shuffle | None = None
+    ) -> None:
         super().__init__()
         check_float("values", values)
         if values.dim() != 1 or values.numel() == 0:
@@ -34,6 +40,16 @@ class Prototype(nn.Module):
                 f"values: got shape {tuple(values.shape)}, expected a 1-D tensor, not empty"
             )
         self.register_buffer("values", values.detach())
+        self.draw, self.shuffle = draw, shuffle
+
+    @classmethod
+    def of_draw(cls, draw: Draw) -> "Prototype":
+        """The numbers of ``draw``, float32 on the CPU; a file stores their seed."""
+        return cls(draw.values(), draw)
+
+    def shuffled(self, shuffle: Shuffle) -> "Prototype":
+        """The values repeated and permuted; a file stores them as they are here, and the seed."""
+        return Prototype(shuffle(self.values), self.draw, shuffle)
 
     @property
     def period(self) -> int:
@@ -46,7 +62,10 @@ class Prototype(nn.Module):
         return self.values[index].view(size)
 
     def extra_repr(self) -> str:
-        return f"period={self.period}"
+        text = f"period={self.period}"
+        if self.draw is not None:
+            text += f", seed={self.draw.seed}"
+        return text if self.shuffle is None else f"{text}, shuffle={self.shuffle.seed}"
 
 
 def prototype_period(largest: int, ratio: float, align: Sequence[int] | None = None) -> int:

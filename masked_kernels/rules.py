@@ -144,6 +144,11 @@ class NM(Rule):
                 f"n, m: got {self.n}:{self.m}, expected m of at least 1 and n from 0 to m"
             )
 
+    @property
+    def density(self) -> float:
+        """Fraction kept of whole groups."""
+        return self.n / self.m
+
     def select(self, scores: Tensor, backend: str = AUTO) -> Tensor:
         words: Tensor = _ops.select_nm(_matrix(scores), self.n, self.m, self.absolute, backend)
         return words

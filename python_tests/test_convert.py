@@ -16,6 +16,9 @@ RECIPES = {
     "max_layer_padding": mk.recipes.max_layer_padding(),
     "random_padding": mk.recipes.random_padding(1e-2),
     "aligned": mk.recipes.random_padding(1e-2, align=True),
+    "rand": mk.recipes.random_padding(1e-2, mode="rand"),
+    "seeded": mk.recipes.random_padding(1e-2, seeded=True),
+    "two of four": mk.recipes.edge_popup(rule=mk.NM(2, 4), seeded=True),
     "self_masking": mk.recipes.self_masking(),
     "piggyback": mk.recipes.piggyback(),
 }
@@ -122,6 +125,48 @@ def test_initialisation_distributions() -> None:
                 layer.weight.std().item(), (2 / fan_in) ** 0.5, rtol=0.05, atol=0
             )
             torch.testing.assert_close(layer.scores.std().item(), bound / 3**0.5, rtol=0.05, atol=0)
+
+
+def test_weight_inits() -> None:
+    """Of the layer 32 x 32 x 1 x 1, from torch's generators and seeded."""
+
+    def weights(**fields: object) -> torch.Tensor:
+        model = small()
+        mk.mask_model_(model, mk.recipes.edge_popup(**fields))
+        layer = layers(model)[2]
+        return layer.values.fill((1024,)) if layer.prototype else layer.weight.flatten()
+
+    std = (2 / 32) ** 0.5
+    for seeded in (False, True):
+        normal = weights(seeded=seeded)
+        uniform = weights(seeded=seeded, weight_init="kaiming_uniform")
+        constant = weights(seeded=seeded, weight_init="signed_constant")
+        assert uniform.abs().max() <= 3**0.5 * std < 1.05 * uniform.abs().max()
+        assert set(constant.tolist()) == {-torch.tensor(std).item(), torch.tensor(std).item()}
+        assert torch.equal(constant > 0, normal > 0) or seeded  # the normal draw's signs
+        for values in (normal, uniform, constant):
+            torch.testing.assert_close(values.std().item(), std, rtol=0.1, atol=0)
+            assert abs(values.mean()) < 4 * std / 32
+        half = weights(seeded=seeded, scale_fan=True, density=0.25)
+        torch.testing.assert_close(half, 2 * normal)
+        assert torch.equal(weights(seeded=seeded, scale_fan=True, rule=mk.NM(1, 4)), half)
+
+
+def test_score_inits() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    mk.mask_model_(model, mk.recipes.edge_popup(score_init="kaiming_normal"))
+    scores = model[0].scores
+    torch.testing.assert_close(scores.std().item(), (1 / (3 * 64)) ** 0.5, rtol=0.05, atol=0)
+    assert scores.abs().max() > 1 / 8  # past the uniform's bound
+
+
+def test_two_of_four() -> None:
+    model = small()
+    mk.mask_model_(model, mk.recipes.random_padding(1e-2, rule=mk.NM(2, 4)))
+    for layer in layers(model):
+        kept = layer.mask.unpack().flatten(1)
+        groups = kept[:, : kept.shape[1] // 4 * 4].unflatten(1, (-1, 4))
+        assert (groups.sum(2) == 2).all() and (kept.sum(1) - groups.sum((1, 2)) <= 2).all()
 
 
 def test_draws_depend_on_the_seed_alone() -> None:
@@ -240,11 +285,23 @@ def test_config_round_trip_and_errors() -> None:
         ({"values": "copied"}, "values: got 'copied', expected one of pretrained"),
         ({"values": "random_padding"}, "ratio: got None"),
         ({"values": "random_padding", "ratio": 2.0}, "ratio: got 2.0"),
-        ({"values": "random", "ratio": 0.1}, "ratio, align: got 0.1, False with values='random'"),
-        ({"score_init": "zeros"}, "score_init: got 'zeros'"),
+        ({"values": "random", "ratio": 0.1}, "ratio: got 0.1 with values='random', expected"),
+        ({"score_init": "zeros"}, "score_init: got 'zeros', expected one of .* or a number"),
+        ({"weight_init": "xavier"}, "weight_init: got 'xavier', expected one of kaiming_normal"),
+        ({"values": "one_layer", "mode": "rand"}, "mode: got 'rand' with values='one_layer'"),
+        ({"values": "one_layer", "align": True}, "align: got True with values='one_layer'"),
+        ({"values": "random_padding", "ratio": 0.1, "mode": "tile"}, "mode: got 'tile'"),
+        (
+            {"values": "random_padding", "ratio": 0.1, "mode": "rand", "align": True},
+            "align: got True with mode='rand'",
+        ),
+        ({"values": "pretrained", "seeded": True}, "seeded: got True with values='pretrained'"),
+        ({"rule": mk.Threshold(), "scale_fan": True}, "scale_fan: got True with Threshold"),
     ):
         with pytest.raises(ValueError, match=message):
             mk.MaskConfig(**arguments)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'values'"):
+        mk.recipes.edge_popup(values="pretrained")
     with pytest.raises(ValueError, match="model: got a bare Linear"):
         mk.mask_model_(nn.Linear(2, 2), mk.MaskConfig())
     with pytest.raises(TypeError, match="config: got str, expected MaskConfig"):

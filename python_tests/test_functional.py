@@ -278,12 +278,9 @@ def test_x_layouts(layout: str, backend: str) -> None:
 
 
 def test_weight_layouts(backend: str) -> None:
-    """The flat order is row-major whatever the memory format: the published reference breaks
-    silently here.
-    """
+    """The flat order is row-major whatever the memory format."""
     x, mask = torch.randn(2, 8, 5, 5), torch.rand(6, 8, 3, 3) < 0.5
     weight = torch.randn(6, 8, 3, 3)
-    scores = torch.randn(6, 8, 3, 3)
     packed = mk.PackedMask.from_bool(mask)
     expected = mk.masked_conv2d(x, weight, packed, backend=backend)
     last = {"memory_format": torch.channels_last}
@@ -291,7 +288,6 @@ def test_weight_layouts(backend: str) -> None:
     torch.testing.assert_close(
         mk.masked_conv2d(x, weight.contiguous(**last), packed, backend=backend), expected
     )
-    assert mk.TopK()(scores.contiguous(**last)) == mk.TopK()(scores)
     wide = torch.randn(6, 16, 3, 3)
     assert mk.TopK()(wide[:, ::2]) == mk.TopK()(wide[:, ::2].clone())
 

@@ -113,6 +113,30 @@ def test_a_presets_fp16_is_for_cuda_and_a_given_one_for_any_device() -> None:
         assert args.settings.amp == amp
 
 
+def test_fields_of_the_mask_configuration_can_be_given() -> None:
+    given = ["--mask-args", "seeded=true", "mode=rand", "weight_init=signed_constant"]
+    config = train.parse_arguments([*CONVMIXER, *given]).mask_config
+    assert (config.seeded, config.mode, config.weight_init) == (True, "rand", "signed_constant")
+    assert config.ratio == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "pemn/convmixer-8-512/rp"], "unknown preset 'pemn/convmixer-8-512/rp'"),
+        ([*CONVMIXER, "--mask-args", "mode=random"], "mode: got 'random', expected one of copy"),
+        ([*CONVMIXER, "--mask-args", "mode"], "got mode, expected NAME=VALUE"),
+        ([*CONVMIXER, "--epochs", "0"], "epochs: got 0, expected at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.parse_arguments(flags)
+    assert message in capsys.readouterr().err
+
+
 def test_model_arguments_may_be_numbers_words_and_truths() -> None:
     given = ["--model-args", "dim=8", "shortcut=B", "norm_affine=false", "dropout=0.5"]
     args = train.parse_arguments([*CONVMIXER, *given])

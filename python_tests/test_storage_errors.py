@@ -83,8 +83,8 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(mk.FormatError, match="other"):
             mk.load_masked(path)
-    path.write_bytes(safetensors.torch.save({}, {KEY: json.dumps({"version": 2})}))
-    with pytest.raises(mk.FormatError, match="got format version 2, expected 1"):
+    path.write_bytes(safetensors.torch.save({}, {KEY: json.dumps({"version": 1})}))
+    with pytest.raises(mk.FormatError, match="got format version 1, expected 2"):
         mk.load_masked(path)
     with pytest.raises(FileNotFoundError):
         mk.load_masked(tmp_path / "absent")

@@ -132,28 +132,42 @@ class Interrupting:
         return repr(RandomCrop(1))
 
 
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("masked", "mode"),
+    [
+        (True, {}),
+        (False, {}),
+        (True, {"amp": "fp16", "clip_norm": 0.5}),
+        (True, {"amp": "bf16", "optimizer": "sgd"}),
+        (True, {"accumulate": 3, "channels_last": True}),
+    ],
+)
 def test_interrupted_in_mid_epoch_and_resumed_is_bit_identical(
-    tmp_path: Path, data: Splits, masked: bool
+    tmp_path: Path, data: Splits, masked: bool, mode: dict
 ) -> None:
+    settings = replace(SETTINGS, **mode)
     whole, cut = make_model(masked=masked), make_model(masked=masked)
-    torch.manual_seed(7)  # dropout draws from the global generator
-    fit(whole, data, SETTINGS, tmp_path / "whole", progress=False)
+    fit(whole, data, settings, tmp_path / "whole", progress=False)
 
     # Batches are four an epoch: the tenth is the second of the third epoch.
-    torch.manual_seed(7)
-    interrupted = replace(SETTINGS, augment=Interrupting(9))
+    torch.manual_seed(7)  # whatever the global generator was, what dropout draws is the epoch's own
+    interrupted = replace(settings, augment=Interrupting(9))
     with pytest.raises(KeyboardInterrupt):
         fit(cut, data, interrupted, tmp_path / "cut", progress=False)
     assert len(lines(tmp_path / "cut")) == 2
     resumed = make_model(seed=9, masked=masked)  # as in a new process: other weights and state
-    records = fit(resumed, data, SETTINGS, tmp_path / "cut", resume=True, progress=False)
+    records = fit(resumed, data, settings, tmp_path / "cut", resume=True, progress=False)
 
     assert_same_tensors(whole.state_dict(), resumed.state_dict())
     left, right = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
     assert_same_tensors(left["model"], right["model"])
     for slot, values in left["optimizer"]["state"].items():
         assert_same_tensors(values, right["optimizer"]["state"][slot])
+    assert left["scaler"] == right["scaler"]
+    if (
+        settings.amp == "fp16"
+    ):  # it has been at work: the scale a new scaler starts from was too big
+        assert left["scaler"]["scale"] < torch.amp.GradScaler("cpu").get_scale()
     assert [r["epoch"] for r in records] == [1, 2, 3, 4]
     assert [r["train_loss"] for r in lines(tmp_path / "whole")] == [
         r["train_loss"] for r in records
@@ -192,6 +206,40 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, fails)
     assert torch.equal(load_checkpoint(path)["x"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_damaged_checkpoint_is_refused_and_nothing_else_is_touched(
+    tmp_path: Path, data: Splits
+) -> None:
+    one = replace(SETTINGS, epochs=1)
+    fit(make_model(), data, one, tmp_path, progress=False)
+    checkpoint = tmp_path / "checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    others = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p != checkpoint}
+    cut = {length: whole[:length] for length in (0, 1, 100, len(whole) // 2, len(whole) - 1)}
+    scores = load_checkpoint(checkpoint)["model"]["0.scores"]
+    altered = bytearray(whole)
+    altered[whole.index(scores.numpy().tobytes())] ^= 1  # torch.load would not notice
+    for content in (*cut.values(), bytes(altered)):
+        checkpoint.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"checkpoint\.pt is not a whole checkpoint \([\d,]+ b"
+        ):
+            fit(make_model(), data, one, tmp_path, resume=True, progress=False)
+        assert checkpoint.read_bytes() == content
+        assert others == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p != checkpoint}
+    checkpoint.write_bytes(whole)
+    assert fit(make_model(), data, one, tmp_path, resume=True, progress=False) == lines(tmp_path)
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, data: Splits) -> None:
+    one = replace(SETTINGS, epochs=1)
+    for name in (".checkpoint.pt.k1ll3d", ".log.jsonl.k1ll3d", ".other"):
+        (tmp_path / name).write_bytes(b"half")
+    fit(make_model(), data, one, tmp_path, progress=False)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("checkpoint.pt", "log.jsonl", "curves.png", ".other")
+    }
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:

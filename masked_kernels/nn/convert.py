@@ -1,18 +1,17 @@
 """Conversion of whole models: plain -> masked -> packed, and back to plain."""
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from .._checks import check_type
-from ..prototype import Prototype, prototype_period
-from ._draw import stream
+from ..prototype import Prototype
+from ._init import draw_scores, stream
 from ._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
+from ._values import make_values
 from .compact import compact_layer
 from .config import MaskConfig
 from .masked import MaskedConv2d, MaskedLinear, _MaskedLayer
@@ -56,7 +55,7 @@ def mask_model_(
     """
     check_type("config", config, MaskConfig)
     targets, skipped = _find_targets(model, filter_fn)
-    values = _make_values(targets, config, seed)
+    values = make_values(targets, config, seed)
     masked: dict[nn.Module, FrozenLayer] = {}
     for index, (name, plain) in enumerate(targets.items()):
         generator = stream(seed, index, "scores")
@@ -162,56 +161,11 @@ def _find_targets(
     return targets, skipped
 
 
-def _make_values(
-    targets: dict[str, nn.Linear | nn.Conv2d], config: MaskConfig, seed: int
-) -> dict[str, Tensor | Prototype]:
-    """The frozen values of every layer; shared ones are one object."""
-    if not targets:
-        return {}
-    if config.values == "pretrained":
-        return {name: plain.weight.detach() for name, plain in targets.items()}
-    names = list(targets)
-
-    def draw(name: str) -> Tensor:
-        weight = targets[name].weight
-        fresh = torch.empty(weight.shape, dtype=torch.float32)
-        nn.init.kaiming_normal_(
-            fresh, nonlinearity="relu", generator=stream(seed, names.index(name), "weight")
-        )
-        return fresh.to(weight.device, weight.dtype)
-
-    if config.values == "random":
-        return {name: draw(name) for name in names}
-    if config.values == "one_layer":
-        first: dict[torch.Size, nn.Parameter] = {}
-        for name, plain in targets.items():
-            if plain.weight.shape not in first:
-                first[plain.weight.shape] = nn.Parameter(draw(name), requires_grad=False)
-        return {name: first[plain.weight.shape] for name, plain in targets.items()}
-
-    largest = max(
-        names, key=lambda name: targets[name].weight.numel()
-    )  # max keeps the first of equals
-    size = targets[largest].weight.numel()
-    ratio = 1.0 if config.ratio is None else config.ratio
-    align = [_dominant_row_length(targets)] if config.align else None
-    prototype = Prototype(draw(largest).flatten()[: prototype_period(size, ratio, align)].clone())
-    return dict.fromkeys(names, prototype)
-
-
-def _dominant_row_length(targets: dict[str, nn.Linear | nn.Conv2d]) -> int:
-    """The row length that holds the most weights."""
-    weights: Counter[int] = Counter()
-    for plain in targets.values():
-        weights[plain.weight[0].numel()] += plain.weight.numel()
-    return weights.most_common(1)[0][0]
-
-
 def _masked_like(
     plain: nn.Linear | nn.Conv2d,
     config: MaskConfig,
     values: Tensor | Prototype,
-    generator: torch.Generator,
+    generator: Generator,
 ) -> FrozenLayer:
     kind, geometry = (
         (MaskedLinear, LinearGeometry)
@@ -221,21 +175,11 @@ def _masked_like(
     layer: FrozenLayer = kind(
         **geometry.geometry_of(plain), bias=False, device="meta", rule=config.rule, weight=values
     )
-    layer.scores = _draw_scores(plain.weight, config.score_init, generator)
+    layer.scores = draw_scores(plain.weight, config.score_init, generator)
     if plain.bias is not None:
         layer.bias = nn.Parameter(plain.bias, requires_grad=config.train_bias)
     layer.train(plain.training)
     return layer
-
-
-def _draw_scores(weight: Tensor, init: str | float, generator: torch.Generator) -> nn.Parameter:
-    """Drawn on the CPU in float32, so that a seed means the same on every device."""
-    if isinstance(init, str):
-        scores = torch.empty(weight.shape, dtype=torch.float32)
-        nn.init.kaiming_uniform_(scores, a=math.sqrt(5), generator=generator)
-    else:
-        scores = torch.full(weight.shape, init, dtype=torch.float32)
-    return nn.Parameter(scores.to(weight.device, weight.dtype))
 
 
 def _freeze_norms(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..nn._draw import stream
+from ..nn._init import stream
 from .masks import Layers
 
 

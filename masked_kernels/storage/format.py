@@ -17,11 +17,14 @@ from torch import Tensor
 
 from ..mask import PackedMask
 from ..models.registry import ModelSpec
+from ..prototype import Prototype
 from .codecs import CODECS, decompress
+from .origin import Origin
 
 KEY = "masked_kernels"
-VERSION = 1
+VERSION = 2
 KINDS = ("linear", "conv2d")
+VALUES = ("prototype", "weight", "kept")
 
 _NO_DIGEST = "0" * 64
 
@@ -49,7 +52,8 @@ class LayerRecord:
         shape: of the weight.
         geometry: constructor arguments, as the layer classes of ``nn`` report them.
         codec: of the bytes in the tensor ``mask/NAME``.
-        values: name of the tensor of frozen values: a prototype if 1-D, else a dense weight.
+        values: name of the frozen values: ``prototype/NUMBER``; ``weight/LAYER``, a dense weight;
+            or ``kept/LAYER``, a dense weight without the elements that its mask drops.
     """
 
     name: str
@@ -64,6 +68,8 @@ class LayerRecord:
             raise ValueError(f"kind: got {self.kind!r}, expected one of {', '.join(KINDS)}")
         if self.codec not in CODECS:
             raise ValueError(f"codec: got {self.codec!r}, expected one of {', '.join(CODECS)}")
+        if self.values.partition("/")[0] not in VALUES:
+            raise ValueError(f"values: got {self.values!r}, expected one of {', '.join(VALUES)}")
         if not all(isinstance(size, int) and size >= 0 for size in self.shape):
             raise ValueError(f"shape: got {self.shape}, expected sizes")
         if not isinstance(self.geometry, dict):
@@ -82,14 +88,16 @@ class Contents:
         model: the call that rebuilds the model, if ``create_model`` built it.
         layers: masked layers, in module order.
         tied: further names of stored tensors, as ``{name: stored name}``.
-        tensors: stored tensors: ``mask/LAYER`` (uint8, under the layer's codec),
-            ``prototype/NUMBER``, ``weight/LAYER``, ``bias/LAYER``, ``scale/LAYER``, and
-            ``state/NAME`` for the rest of the model's state.
+        origins: of the prototypes that are not stored as they are.
+        tensors: stored tensors: ``mask/LAYER`` (uint8, under the layer's codec), ``seed/NUMBER``
+            (int64), ``prototype/NUMBER``, ``weight/LAYER``, ``kept/LAYER``, ``bias/LAYER``,
+            ``scale/LAYER``, and ``state/NAME`` for the rest of the model's state.
     """
 
     model: ModelSpec | None
     layers: tuple[LayerRecord, ...]
     tied: dict[str, str]
+    origins: dict[str, Origin]
     tensors: dict[str, Tensor]
 
     def tensor(self, name: str) -> Tensor | None:
@@ -110,6 +118,34 @@ class Contents:
         except ValueError as error:
             raise FormatError(f"mask of layer {layer.name!r}: {error}") from error
 
+    def values_dtype(self, layer: LayerRecord) -> torch.dtype:
+        origin = self.origins.get(layer.values)
+        return origin.torch_dtype if origin else self.require(layer.values).dtype
+
+    def period(self, layer: LayerRecord) -> int | None:
+        """Of the layer's prototype; None for a dense weight."""
+        if not layer.values.startswith("prototype/"):
+            return None
+        origin = self.origins.get(layer.values)
+        return origin.period if origin else self.require(layer.values).numel()
+
+    def make_values(self, layer: LayerRecord) -> Tensor | Prototype:
+        """The layer's frozen values, on the CPU: a dense weight, or a new Prototype."""
+        stored = self.tensor(layer.values)
+        try:
+            if layer.values in self.origins:
+                return self.origins[layer.values].make(stored)
+            if stored is None or layer.values.startswith("weight/"):
+                return self.require(layer.values)
+            if layer.values.startswith("prototype/"):
+                return Prototype(stored)
+            kept = self.mask(layer).unpack()
+            if tuple(stored.shape) != (count := int(kept.sum()),):
+                raise ValueError(f"got shape {tuple(stored.shape)}, expected ({count},)")
+        except ValueError as error:
+            raise FormatError(f"values of layer {layer.name!r}: {error}") from error
+        return stored.new_zeros(layer.shape).masked_scatter_(kept, stored)
+
     def state_names(self) -> set[str]:
         """Names, in the model, of the tensors that belong to no masked layer."""
         names = (*self.tensors, *self.tied)
@@ -118,12 +154,14 @@ class Contents:
 
 def encode(contents: Contents) -> bytes:
     """The bytes of the file; equal contents give equal bytes."""
+    seeds = {seed: name for name, seed in _seeds(contents.tensors).items()}
     manifest = {
         "version": VERSION,
         "sha256": _NO_DIGEST,
         "model": contents.model and asdict(contents.model),
         "layers": [asdict(layer) for layer in contents.layers],
         "tied": contents.tied,
+        "origins": {name: o.to_dict(seeds) for name, o in contents.origins.items()},
     }
     # One metadata entry only: safetensors writes several in no fixed order.
     metadata = {KEY: json.dumps(manifest, separators=(",", ":"))}
@@ -144,6 +182,7 @@ def decode(data: bytes) -> Contents:
     except safetensors.SafetensorError as error:
         raise FormatError(f"damaged container: {error}") from error
     try:
+        seeds = _seeds(tensors)
         spec = manifest["model"]
         contents = Contents(
             model=None if spec is None else ModelSpec(spec["name"], dict(spec["arguments"])),
@@ -152,9 +191,13 @@ def decode(data: bytes) -> Contents:
                 for fields in manifest["layers"]
             ),
             tied=dict(manifest["tied"]),
+            origins={
+                name: Origin.from_dict(fields, seeds)
+                for name, fields in manifest["origins"].items()
+            },
             tensors=tensors,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FormatError(f"malformed manifest: {error!r}") from error
     _check_names(contents)
     return contents
@@ -239,13 +282,33 @@ def _digest(data: bytes, recorded: str) -> str:
     return sha256.hexdigest()
 
 
+def _seeds(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The seeds that are stored, by the tensor's name."""
+    seeds = {name: t for name, t in tensors.items() if name.startswith("seed/")}
+    for name, t in seeds.items():
+        if t.dtype != torch.int64 or t.shape != (1,):
+            raise ValueError(f"{name}: got {t.dtype} {tuple(t.shape)}, expected torch.int64 (1,)")
+    return {name: int(t) for name, t in seeds.items()}
+
+
 def _check_names(contents: Contents) -> None:
     """Every tensor that the manifest needs is there, and every tensor that is there has a use."""
     used = set()
+    largest = max((layer.numel for layer in contents.layers), default=0)
     for layer in contents.layers:
         contents.require(f"mask/{layer.name}")
-        contents.require(layer.values)
+        origin = contents.origins.get(layer.values)
+        if origin is None or origin.draw is None:
+            contents.require(layer.values)
+        if origin is not None and origin.period > largest:  # a small file cannot ask for much
+            raise FormatError(
+                f"{layer.values!r}: got period {origin.period}, expected at most {largest}"
+            )
         used |= {layer.values, *(f"{part}/{layer.name}" for part in ("mask", "bias", "scale"))}
+    seeds = {seed for origin in contents.origins.values() for seed in origin.seeds().values()}
+    used |= {name for name, seed in _seeds(contents.tensors).items() if seed in seeds}
+    for name in contents.origins.keys() - used:
+        raise FormatError(f"got the origin of {name!r}, which no layer of the manifest uses")
     for name in (*contents.tensors, *contents.tied):
         if name not in used and not name.startswith("state/"):
             raise FormatError(f"got tensor {name!r}, which no layer of the manifest uses")

@@ -68,14 +68,21 @@ def inspect_file(path: str | os.PathLike[str]) -> FileSummary:
 
 
 def _stored_layer(contents: Contents, layer: LayerRecord) -> StoredLayer:
-    values = contents.require(layer.values)
     return StoredLayer(
         name=layer.name,
         kind=layer.kind,
         shape=layer.shape,
         density=contents.mask(layer).density(),
-        values=f"{layer.values}, period {values.numel()}" if values.dim() == 1 else layer.values,
-        dtype=str(values.dtype).removeprefix("torch."),
+        values=_values(contents, layer),
+        dtype=str(contents.values_dtype(layer)).removeprefix("torch."),
         codec=layer.codec,
         mask_bytes=contents.require(f"mask/{layer.name}").numel(),
     )
+
+
+def _values(contents: Contents, layer: LayerRecord) -> str:
+    period, origin = contents.period(layer), contents.origins.get(layer.values)
+    text = layer.values if period is None else f"{layer.values}, period {period}"
+    for part in origin.seeds() if origin else ():
+        text += {"draw": ", seeded", "shuffle": ", shuffled"}[part]
+    return text

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def _rebuild(contents: Contents) -> nn.Module:
     modules = dict(model.named_modules())
     for layer in contents.layers:
         if kind_of(modules.get(layer.name)):
-            modules[layer.name].to(contents.require(layer.values).dtype)
+            modules[layer.name].to(contents.values_dtype(layer))
     for name, tensor in state_outside(model, {layer.name for layer in contents.layers}).items():
         stored = contents.tensor(f"state/{name}")
         if stored is not None:
@@ -117,11 +117,11 @@ def _check_layer(contents: Contents, layer: LayerRecord, module: Any) -> None:
         )
     values = values_of(module)
     _check_device(layer.name, values)
-    stored = contents.require(layer.values)
-    if stored.dtype != values.dtype:
+    stored = contents.values_dtype(layer)
+    if stored != values.dtype:
         raise FormatError(
-            f"{where}: got {stored.dtype}, expected {values.dtype} as in the model; "
-            f"model.to({stored.dtype}) makes it fit"
+            f"{where}: got {stored}, expected {values.dtype} as in the model; "
+            f"model.to({stored}) makes it fit"
         )
     has_bias = contents.tensor(f"bias/{layer.name}") is not None
     if has_bias != (module.bias is not None):
@@ -164,24 +164,32 @@ def _build_layers(
     """The packed form of each layer, on its device; what the file shares is one object."""
     shared: dict[Any, Any] = {}
 
-    def take(name: str, device: torch.device, make: Any) -> Any:
-        key = (contents.require(name), device, make)
+    def values(layer: LayerRecord, device: torch.device) -> Any:
+        # Of kept values the places are the mask's.
+        mask = layer.values.startswith("kept/") and contents.require(f"mask/{layer.name}")
+        key = (layer.values, mask, device)
         if key not in shared:
-            shared[key] = make(key[0].to(device))
+            made = contents.make_values(layer)
+            shared[key] = made.to(device) if isinstance(made, Prototype) else _frozen(made, device)
         return shared[key]
+
+    def bias(layer: LayerRecord, device: torch.device) -> nn.Parameter:
+        key = (contents.require(f"bias/{layer.name}"), device)
+        if key not in shared:
+            shared[key] = _frozen(*key)
+        return cast("nn.Parameter", shared[key])
 
     packed = {}
     for layer in contents.layers:
         module: Any = layers[layer.name]
         device = values_of(module).device
-        dense = contents.require(layer.values).dim() > 1
         scale = contents.tensor(f"scale/{layer.name}")
         try:
             packed[module] = PACKED[layer.kind](
                 **layer.geometry,
-                weight=take(layer.values, device, _frozen if dense else Prototype),
+                weight=values(layer, device),
                 mask=contents.mask(layer).to(device),
-                bias=None if module.bias is None else take(f"bias/{layer.name}", device, _frozen),
+                bias=None if module.bias is None else bias(layer, device),
                 scale=None if scale is None else scale.to(device),
             )
         except FormatError:
@@ -191,8 +199,8 @@ def _build_layers(
     return packed
 
 
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+def _frozen(tensor: Tensor, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(tensor.to(device), requires_grad=False)
 
 
 def _fields(geometry: dict[str, Any], keys: list[str]) -> str:

@@ -105,24 +105,31 @@ class Row:
         density: fraction of the weights that a mask keeps.
         ratio: of ``random_padding``: period over the largest layer.
         align: of ``random_padding``: move the period to a fast one near.
+        mask_args: further fields of MaskConfig.
     """
 
     recipe: str
     density: float = 0.5
     ratio: float = 1e-2
     align: bool = False
+    mask_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe: got {self.recipe!r}, expected one of {', '.join(RECIPES)}")
 
     def mask_config(self) -> MaskConfig | None:
-        """Return how to mask a model; None for ``dense`` and pruned rows."""
+        """Return how to mask a model; None for ``dense`` and pruned rows.
+
+        Raises:
+            ValueError: a value or a combination of them that MaskConfig has no use for.
+        """
+        arguments: dict[str, Any] = {"density": self.density, **self.mask_args}
         if self.recipe == "random_padding":
-            return recipes.random_padding(self.ratio, self.density, self.align)
+            return recipes.random_padding(self.ratio, align=self.align, **arguments)
         if self.recipe == "dense" or self.recipe in METHODS:
             return None
-        config: MaskConfig = getattr(recipes, self.recipe)(self.density)
+        config: MaskConfig = getattr(recipes, self.recipe)(**arguments)
         return config
 
 

@@ -29,28 +29,32 @@ HEADER = [
     "file, bytes",
     "file / dense file",
 ]
+CHOSEN = {
+    "validation": "of the epoch with the best validation accuracy: the validation images are taken "
+    "from the training images, and the test images are looked at once, at the end.",
+    "test": "the best of any epoch, as in the paper: the test images chose it.",
+}
 PROTOCOL = """\
-*Ours* is the test accuracy, mean ± standard deviation over seeds, of the epoch with the best
-validation accuracy: the validation images are a part of the training set, and the test images are
-looked at once, at the end. *Paper* is PEMN's mean ± standard deviation of 3 repeats, where it
-prints them, of the best test accuracy of any epoch, after its full schedule; a number without ± is
-from a figure or a table without them. *Frozen values* are the random numbers that a file must
-hold, fp32. *Size by the paper's formula* is `(N + 32 V) / 32 N` for `N` masked weights and `V`
-values: no norms, no biases. *File* is what is really written: bits, values, norms, header; it is
-compared with the file of the dense net, its norms included. Pruned rows name the share of storage
-that is saved (`random-90`) or of weights that is removed (`random-90-rate`)."""
+*Ours* is the test accuracy, mean ± standard deviation over seeds, {chosen}
+*Paper* is PEMN's mean ± standard deviation of 3 repeats, where it prints them, of the best test
+accuracy of any epoch after its full schedule; a number without ± is from a figure or from a table
+without them. *Frozen values* are the random numbers in the file, fp32. *Size by the paper's
+formula* is `(N + 32 V) / 32 N` for `N` masked weights and `V` values, and three words a kept weight
+for pruned rows; no norms, no biases. *File* is what is really written: bits, values, norms, header;
+it is compared with the dense network's, norms included. Pruned rows name the share of storage that
+is saved (`random-90`) or of weights that is removed (`random-90-rate`)."""
 GPU = """\
 ## The paper's schedule
 
 The presets' own schedule is the paper's: 100 epochs in batches of 512 for ConvMixer and of 256 for
-ResNet, 200 epochs in batches of 256 for ViT, on all training images but those of validation. On a
-machine with a GPU:
+ResNet, 200 epochs in batches of 256 for ViT, with its augmentations. On a machine with a GPU, with
+CIFAR-10 in `data/cifar10` (or `--data`):
 
-    python -m bench.tables pemn --nets {nets} --seeds 3 --name pemn_cifar10_gpu
+    python -m bench.tables pemn --nets {nets} --name pemn_cifar10_gpu -- --channels-last
 
-The folder `data/cifar10` has to be there (`--data`); examples/train.py finds the GPU by itself, and
-flags after `--` go to it. One run (`--rows`, `--nets`, `--seeds 1`) is a good start. The command
-may be stopped at any time and given again."""
+A tenth of the training images choose the epoch; `--val-size 0` behind `--` is the paper's protocol.
+The command finds the GPU by itself, may be stopped at any time, and goes on when given again.
+`--rows`, `--nets` and `--seeds 1` make a smaller start; `--jobs` puts several runs on one GPU."""
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -76,7 +80,7 @@ def render(result: dict[str, Any], name: str, notes: str = "") -> str:
         + facts["command"]
         + f"\n\n{len(runs)} runs, {hours:.1f} hours of training; {machine}, threads of a run: "
         f"{first['machine']['threads']}; torch {facts['torch']}; commit {', '.join(commits)}.",
-        PROTOCOL,
+        PROTOCOL.format(chosen=CHOSEN[first["chosen_by"]]),
         f"{NOTES[0]}{notes}{NOTES[1]}",
         f"![Accuracy by number of frozen values and by size]({name}.svg)",
         *(f"## {net}\n\n{_order(cells)}{_table(cells)}" for net, cells in nets.items()),
@@ -96,9 +100,11 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 def _schedule(net: str, cells: list[dict[str, Any]], flags: list[str]) -> str:
     """What the runs of a net had in common, as they wrote it themselves."""
-    settings = cells[0]["runs"][0]["settings"]
+    run = cells[0]["runs"][0]
+    settings, changed = run["settings"], run["model_args"]
+    but = "".join(f", **{name} {value} instead of the paper's**" for name, value in changed.items())
     return (
-        f"- {net}: {settings['epochs']} epochs in batches of {settings['batch_size']}, "
+        f"- {net}{but}: {settings['epochs']} epochs in batches of {settings['batch_size']}, "
         f"{settings['optimizer']}, largest rate {settings['lr']:g}, {settings['schedule']}, "
         f"weight decay {settings['weight_decay']:g}, augmentation {settings['augment']}"
         + (f" (`{shlex.join(flags)}`)" if flags else ", the preset's")

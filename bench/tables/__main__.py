@@ -21,13 +21,16 @@ from .collect import collect
 from .pemn import CPU_NETS, PAPER, RATE_ROWS, ROWS, SCHEDULES
 from .runs import OUTPUT, TRAIN, Run, train_all
 
+NO_TRAIN = "--no-train"
+
 
 def main(arguments: list[str] | None = None, train: Sequence[str] = TRAIN) -> int:
     """Exit code: 0, 1 if a run failed, 2 if the arguments fit no run, 130 if stopped."""
     arguments = sys.argv[1:] if arguments is None else arguments
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, train_flags = _parser().parse_args(arguments[:split]), arguments[split + 1 :]
-    command = shlex.join(["python", "-m", "bench.tables", *arguments])
+    shown = [argument for argument in arguments if argument != NO_TRAIN]
+    command = shlex.join(["python", "-m", "bench.tables", *shown])
     try:
         runs = _runs(options, train_flags)
         failed = [] if options.no_train else _train(runs, options.out, options.jobs, command, train)
@@ -122,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--name", help="write docs/results/NAME.md and .svg, and bench/results/NAME.json"
     )
-    parser.add_argument("--no-train", action="store_true", help="only write what there is")
+    parser.add_argument(NO_TRAIN, action="store_true", help="only write what there is")
     return parser
 
 

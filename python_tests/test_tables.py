@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -66,6 +67,13 @@ def train(tmp_path: Path) -> tuple[str, ...]:
 
 def calls(folder: Path) -> int:
     return len((folder / "calls").read_text().splitlines())
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def run_of(row: str, seed: int = 0, *flags: str) -> Run:
@@ -129,16 +137,16 @@ def test_at_most_so_many_at_once_and_a_stop_ends_them(
     runs = [run_of(row, 0, "--lr", "60") for row in ("mask", "mp", "one-layer")]
     ends = train_all(runs, tmp_path, 2, "", train)
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupt() -> None:
+        for run in runs[:2]:
+            wait_for(run.folder(tmp_path) / "calls")
+        signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            next(ends)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    with pytest.raises(KeyboardInterrupt):
+        next(ends)
+    watcher.join()
     started = [run.folder(tmp_path).exists() for run in runs]
     assert started == [True, True, False]
     for run in runs[:2]:  # the processes have let go of their locks
@@ -157,10 +165,7 @@ def test_a_run_outlives_its_killed_runner_and_is_not_begun_twice(
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     runner = subprocess.Popen([sys.executable, "-c", code], env=environment)
     run = run_of("mp", 0, "--lr", "3")
-    deadline = time.monotonic() + 60
-    while not (run.folder(tmp_path) / "calls").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(run.folder(tmp_path) / "calls")
     runner.kill()
     runner.wait()
     assert run.result(tmp_path) is None

@@ -1,6 +1,8 @@
 """Datasets packed as WebP sheets: exact, complete, and refused where they are not."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ from PIL import Image
 from masked_kernels.training import load_splits, sheets
 from masked_kernels.training.sources import ImageArrays
 
+PACK = Path(__file__).parents[1] / "examples" / "pack_images.py"
 
-@pytest.fixture(autouse=True)
+
+@pytest.fixture
 def small_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sheets, "COLUMNS", 4)
     monkeypatch.setattr(sheets, "ROWS", 5)
@@ -25,6 +29,7 @@ def random_images(count: int, channels: int, classes: int = 10) -> ImageArrays:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("count", [1, 20, 33])  # less than a row, a full sheet, part of a second
+@pytest.mark.usefixtures("small_sheets")
 def test_sheets_come_back_bit_for_bit(tmp_path: Path, channels: int, count: int) -> None:
     parts = random_images(count, channels), random_images(7, channels)
     sheets.write_sheets("cifar10", parts, tmp_path / "sheets")
@@ -35,6 +40,7 @@ def test_sheets_come_back_bit_for_bit(tmp_path: Path, channels: int, count: int)
         np.testing.assert_array_equal(read.labels, written.labels)
 
 
+@pytest.mark.usefixtures("small_sheets")
 def test_a_run_takes_sheets_for_the_dataset(tmp_path: Path) -> None:
     train, test = random_images(100, 3, 100), random_images(7, 3)
     sheets.write_sheets("cifar100", (train, test), tmp_path / "sheets")
@@ -43,20 +49,25 @@ def test_a_run_takes_sheets_for_the_dataset(tmp_path: Path) -> None:
     assert sorted(splits.train.labels.tolist()) == list(range(100))
 
 
-def test_a_dataset_without_test_images_has_none_in_sheets(tmp_path: Path) -> None:
-    assert sheets.main(["digits", str(tmp_path), str(tmp_path / "sheets")]) == 0
+def test_the_example_packs_a_dataset_once(tmp_path: Path) -> None:
+    command = [sys.executable, str(PACK), "digits", str(tmp_path), str(tmp_path / "sheets")]
+    packed = subprocess.run(command, capture_output=True, text=True)
+    assert packed.returncode == 0, packed.stderr
+    assert "read back and equal" in packed.stdout
     train, test = sheets.read_sheets("digits", tmp_path / "sheets")
     assert train.images.shape == (1797, 1, 8, 8)
     assert test is None
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "choose another folder" in again.stderr
 
 
-def test_what_is_wrong_with_sheets_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.usefixtures("small_sheets")
+def test_what_is_wrong_with_sheets_is_said(tmp_path: Path) -> None:
     folder = tmp_path / "sheets"
     sheets.write_sheets("cifar10", (random_images(30, 3), None), folder)
     with pytest.raises(ValueError, match="holds cifar10, expected cifar100"):
         sheets.read_sheets("cifar100", folder)
-    assert sheets.main(["digits", str(tmp_path), str(folder)]) == 2
-    assert "choose another folder" in capsys.readouterr().err
 
     with Image.open(folder / "train-1.webp") as picture:
         pixels = np.array(picture)
@@ -84,6 +95,7 @@ def test_an_interrupted_write_leaves_no_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("small_sheets")
 def test_manifest_names_the_sheets(tmp_path: Path) -> None:
     sheets.write_sheets("cifar10", (random_images(33, 3), random_images(2, 3)), tmp_path / "sheets")
     manifest = json.loads((tmp_path / "sheets" / "sheets.json").read_text())

@@ -1,16 +1,12 @@
 """A dataset packed without loss, to carry to a machine without network: WebP sheets of images.
 
-    python -m masked_kernels.training.sheets cifar10 data/cifar10 data/cifar10-sheets
-
-CIFAR-10's 60,000 images are 176 MiB of pixels, 99 MiB in six sheets. The folder that is written
-serves wherever the dataset's own did (``--data``). Its ``sheets.json`` holds the labels and a
-checksum of every sheet's pixels, which reading verifies.
+``examples/pack_images.py`` writes them, and ``load_splits`` reads them in place of the dataset's own
+files. ``sheets.json`` holds the labels and a checksum of every sheet's pixels, which reading
+verifies.
 """
 
-import argparse
 import hashlib
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,29 +119,3 @@ def _read_sheet(path: Path, sheet: dict[str, Any]) -> Pixels:
 
 def _digest(images: Pixels) -> str:
     return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m masked_kernels.training.sheets",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("dataset", choices=tuple(SOURCES))
-    parser.add_argument("data", type=Path, help="folder of the dataset's files")
-    parser.add_argument("out", type=Path, help="folder to make")
-    options = parser.parse_args(arguments)
-    try:
-        parts = SOURCES[options.dataset].read(options.data, False)
-        write_sheets(options.dataset, parts, options.out)
-        read_sheets(options.dataset, options.out)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    size = sum(path.stat().st_size for path in options.out.iterdir())
-    print(f"{options.out}: {size / 2**20:.1f} MiB, read back and equal")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

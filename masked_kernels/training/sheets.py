@@ -1,7 +1,7 @@
 """A dataset packed without loss, to carry to a machine without network: WebP sheets of images.
 
-``examples/pack_images.py`` writes them, and ``load_splits`` reads them in place of the dataset's own
-files. ``sheets.json`` holds the labels and a checksum of every sheet's pixels, which reading
+``examples/pack_images.py`` writes them, and ``load_splits`` reads them in place of the dataset's
+own files. ``sheets.json`` holds the labels and a checksum of every sheet's pixels, which reading
 verifies.
 """
 

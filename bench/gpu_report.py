@@ -25,6 +25,7 @@ from masked_kernels.backends import why_unavailable
 from . import gpu_training
 from .gpu_cases import CASES, COPIES, Case, Problem
 from .machine import ROOT, machine
+from .nets import NETS
 
 LARGEST_ERROR = 2.0
 _FLUSH_BYTES = 1 << 28  # more than any L2 cache
@@ -64,6 +65,7 @@ def report(out: Path, seconds: float, log: TextIO) -> dict[str, Any]:
         },
         "tests": run_tests(log),
         "cases": [],
+        "training": {},
     }
     deadline = time.monotonic() + seconds
     for case in CASES:
@@ -73,39 +75,16 @@ def report(out: Path, seconds: float, log: TextIO) -> dict[str, Any]:
             result["cases"].append(measure(case))
         print(json.dumps(result["cases"][-1]), file=log, flush=True)
         write(result, out)
-    result["training"] = training()
-    print(json.dumps(result["training"]), file=log, flush=True)
-    write(result, out)
+    for net in NETS:
+        result["training"][f"{net.title}, batch {net.batch}"] = gpu_training.measure(net)
+        print(json.dumps(result["training"]), file=log, flush=True)
+        write(result, out)
     return result
 
 
 def write(result: dict[str, Any], out: Path) -> None:
     (out / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "report.md").write_text(render(result))
-
-
-def training() -> dict[str, Any]:
-    """Milliseconds and peak bytes of a step, by name, eager; or the reason why there are none."""
-    result: dict[str, Any] = {}
-    for name in gpu_training.NAMES:
-        try:
-            torch.cuda.empty_cache()
-            step = gpu_training.build(name, "cuda", "triton")
-            for _ in range(3):
-                step()
-            torch.cuda.reset_peak_memory_stats()
-            taken = []
-            for _ in range(8):
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                step()
-                torch.cuda.synchronize()
-                taken.append(1e3 * (time.perf_counter() - begin))
-            peak = torch.cuda.max_memory_allocated()
-            result[name] = {"median": round(float(np.median(taken)), 3), "peak_bytes": peak}
-        except Exception as error:  # one way must not cost the others
-            result[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
-    return result
 
 
 def run_tests(log: TextIO) -> dict[str, Any]:
@@ -218,14 +197,30 @@ def render(result: dict[str, Any]) -> str:
             cells = [_median(taken, kind) for kind in ("graph", "eager")]
             cells += [_ratio(taken, ours, kind) for kind in ("graph", "eager")]
             lines.append(f"| {case['name']} | {name} | {' | '.join(cells)} |")
-    if "training" in result:
-        lines += ["", "ConvMixer-256/8, batch 512, a training step:", ""]
-        lines += ["| | ms | peak MB |", "| --- | --- | --- |"]
-        for name, taken in result["training"].items():
-            cells = [taken.get("error") or f"{taken['median']:.2f}"]
-            cells.append(f"{taken['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in taken else "")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+    if result["training"]:
+        lines += [
+            "",
+            "A training step; peak of what is allocated, and of it per masked weight:",
+            "",
+        ]
+        lines += ["| network | | ms | over dense | peak MB | bytes a weight | over dense's |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for net, taken in result["training"].items():
+        dense = taken.get("dense eager", {})
+        for way, found in taken.items():
+            cells = [found["error"]] if "error" in found else _step_cells(found, dense)
+            lines.append(f"| {net} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _step_cells(found: dict[str, Any], dense: dict[str, Any]) -> list[str]:
+    cells = [f"{found['median']:.2f}", "", f"{found['peak_bytes'] / 1e6:.0f}"]
+    cells += [f"{found['peak_bytes_per_weight']:.1f}", ""]
+    if "median" in dense:
+        cells[1] = f"{found['median'] / dense['median']:.3f}x"
+        more = found["peak_bytes_per_weight"] - dense["peak_bytes_per_weight"]
+        cells[4] = f"{more:+.1f}"
+    return cells
 
 
 def _median(taken: dict[str, Any], kind: str) -> str:

@@ -1,43 +1,61 @@
-"""One training step of ConvMixer in bfloat16 autocast: masked, dense, and masked as published."""
+"""Training steps of PEMN's networks on a GPU in bfloat16 autocast: time, and peak of memory."""
 
+import functools
+import time
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-import masked_kernels as mk
+from .nets import CLASSES, IMAGE, RECIPES, Net, build, masked_weights, training_step, ways
 
-from .providers import published
-
-NAMES = ("ours", "dense", "published")
+ROUNDS = 8
 
 
-def build(
-    name: str, device: str, backend: str, batch: int = 512, dim: int = 256, depth: int = 8
-) -> Callable[[], Tensor]:
+def make_step(net: Net, way: str, device: str, backend: str, batch: int) -> Callable[[], Tensor]:
     """A function that takes one step and returns the loss."""
-    torch.manual_seed(0)
-    model: nn.Module = mk.models.create_model("convmixer", dim=dim, depth=depth)
-    if name != "dense":
-        mk.mask_model_(model, mk.recipes.random_padding(1e-2))
-    if name == "published":
-        model = published(model)
-    model.to(device, memory_format=torch.channels_last)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
-    images = torch.randn(batch, 3, 32, 32, device=device).contiguous(
-        memory_format=torch.channels_last
-    )
-    labels = torch.randint(10, (batch,), device=device)
+    model = build(net, way).to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch, *IMAGE, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (batch,), device=device)
+    named = backend if way in RECIPES else "auto"
+    return functools.partial(training_step(model, labels, named, torch.bfloat16), images)
 
-    def step() -> Tensor:
-        with mk.use_backend(backend if name == "ours" else "auto"):
-            with torch.autocast(device, dtype=torch.bfloat16):
-                loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        optimizer.step()
-        return loss.detach()
 
-    return step
+def measure(net: Net, device: str = "cuda", backend: str = "triton") -> dict[str, Any]:
+    """By way to build the network: milliseconds of a step, ways in turns, and the peak of what is
+    allocated, model included; or the reason why there are none.
+    """
+    result: dict[str, Any] = {}
+    steps: dict[str, Callable[[], Tensor]] = {}
+    weights = masked_weights(net)
+    for way in ways(net):
+        if "norms" in way:
+            continue  # fused on the CPU only
+        try:
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated()
+            step = make_step(net, way, device, backend, net.batch)
+            for _ in range(3):
+                step()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() - before
+            result[way] = {"peak_bytes": peak, "peak_bytes_per_weight": peak / weights}
+            steps[way] = step
+        except Exception as error:  # one way must not cost the others
+            result[way] = {"error": f"{type(error).__name__}: {error}"[:500]}
+    taken: dict[str, list[float]] = {way: [] for way in steps}
+    for _ in range(ROUNDS):
+        for way, step in steps.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            taken[way].append(1e3 * (time.perf_counter() - begin))
+    for way, samples in taken.items():
+        result[way]["median"] = round(float(np.median(samples)), 3)
+    return result

@@ -91,7 +91,7 @@ def network_figure(cases: list[dict[str, Any]]) -> Figure | None:
     colour.
     """
     shown = [case for case in cases if case["group"] in ("network", "training")]
-    shown = [case for case in shown if "depth" in case["facts"]]  # not the single blocks
+    shown = [case for case in shown if "part" not in case["facts"]]  # not the single blocks
     if not shown:
         return None
     heights = [len(case["providers"]) + 2 for case in shown]  # in bars, title and axis included

@@ -103,7 +103,7 @@ class PublishedLayer(nn.Module):
     weight, then the dense layer.
 
     Args:
-        masked: the layer to copy scores, density and frozen values of.
+        masked: the layer to copy scores, density, frozen values and bias of.
     """
 
     def __init__(self, masked: mk.nn.MaskedLinear | mk.nn.MaskedConv2d) -> None:
@@ -113,6 +113,7 @@ class PublishedLayer(nn.Module):
         weight = values.fill(masked.weight_shape) if isinstance(values, mk.Prototype) else values
         self.register_buffer("weight", weight.detach().clone())
         self.scores = nn.Parameter(masked.scores.detach().clone())
+        self.bias = copy.deepcopy(masked.bias)
         self.keep = self.scores.numel() - int((1 - masked.rule.density) * self.scores.numel())
         self.conv = None
         if isinstance(masked, mk.nn.MaskedConv2d):
@@ -126,7 +127,9 @@ class PublishedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mask: Tensor = _PublishedMask.apply(self.scores.abs(), self.keep)
         weight = self.weight * mask
-        return F.linear(x, weight) if self.conv is None else F.conv2d(x, weight, **self.conv)
+        if self.conv is None:
+            return F.linear(x, weight, self.bias)
+        return F.conv2d(x, weight, self.bias, **self.conv)
 
 
 def published(model: nn.Module) -> nn.Module:

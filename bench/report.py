@@ -73,7 +73,7 @@ def render(result: dict[str, Any]) -> str:
         rows = [["case", "provider", "time", "20 % to 80 %", "ours is", "FMA", "memory", "error"]]
         for case in cases:
             rows += _provider_rows(case, peaks)
-        lines += ["", f"### {TITLES[group]}", "", _table(rows)]
+        lines += ["", f"### {TITLES[group]}", "", markdown_table(rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -103,7 +103,7 @@ def speed_tables(result: dict[str, Any]) -> str:
                 for name in others
             )
             rows.append([case["name"], _seconds(ours), *factors])
-        tables.append(_table(rows))
+        tables.append(markdown_table(rows))
     return "\n\n".join(tables)
 
 
@@ -152,7 +152,7 @@ def _provider_rows(case: dict[str, Any], peaks: dict[str, float]) -> Rows:
     return rows
 
 
-def _table(rows: Rows) -> str:
+def markdown_table(rows: Rows) -> str:
     header, *body = rows
     lines = [header, ["---"] * len(header), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

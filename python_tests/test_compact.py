@@ -60,7 +60,10 @@ def test_keeps_half(tmp_path: Path) -> None:
     assert torch.equal(layer.kept, weight[mask.unpack()])
     assert torch.equal(layer.values, torch.where(mask.unpack(), weight, 0))
 
-    mk.save_masked(model, tmp_path / "model.mk")
+    table = mk.summary(model)
+    assert (table.layers[0].values, table.value_bytes) == ("1024 kept", 4 * 1024)
+
+    assert mk.save_masked(model, tmp_path / "model.mk").values == 1024
     loaded = mk.load_masked(tmp_path / "model.mk", into=masked(64, 32))
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), expected.detach())

@@ -5,23 +5,11 @@ import dataclasses
 
 import pytest
 import torch
+from recipe_cases import RECIPES
 from torch import nn
 
 import masked_kernels as mk
 from masked_kernels.nn._layer import FrozenLayer
-
-RECIPES = {
-    "edge_popup": mk.recipes.edge_popup(),
-    "one_layer": mk.recipes.one_layer(0.3),
-    "max_layer_padding": mk.recipes.max_layer_padding(),
-    "random_padding": mk.recipes.random_padding(1e-2),
-    "aligned": mk.recipes.random_padding(1e-2, align=True),
-    "rand": mk.recipes.random_padding(1e-2, mode="rand"),
-    "seeded": mk.recipes.random_padding(1e-2, seeded=True),
-    "two of four": mk.recipes.edge_popup(rule=mk.NM(2, 4), seeded=True),
-    "self_masking": mk.recipes.self_masking(),
-    "piggyback": mk.recipes.piggyback(),
-}
 
 
 def small() -> nn.Module:
@@ -232,49 +220,12 @@ def test_self_masking_starts_as_the_pretrained_model() -> None:
         torch.testing.assert_close(model(x), expected)
 
 
-class Unusual(nn.Module):
-    """Tied weights, one module under two names, attention that reads its weight, a subclass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(10, 8)
-        self.tied = nn.Linear(8, 10, bias=False)
-        self.tied.weight = self.embedding.weight
-        self.attention = nn.MultiheadAttention(8, 2)
-        self.first = nn.Linear(8, 8)
-        self.second = self.first
-        self.lazy = nn.LazyLinear(3)
-        self.excluded = nn.Linear(8, 8)
-
-
-def test_what_is_skipped_and_why() -> None:
-    model = Unusual()
-    report = mk.mask_model_(
-        model, mk.recipes.edge_popup(), filter_fn=lambda name, module: name != "excluded"
-    )
-    assert set(report.converted) == {"first"}
-    assert isinstance(model.first, mk.nn.MaskedLinear)
-    assert model.second is model.first
-    assert report.skipped == {
-        "tied": "its weight is shared with another module",
-        "attention.out_proj": "NonDynamicallyQuantizableLinear"
-        " is a subclass whose forward may differ",
-        "lazy": "LazyLinear is a subclass whose forward may differ",
-        "excluded": "filter_fn returned False",
-    }
-    text = str(report)
-    assert "converted 1, skipped 4" in text
-    assert "excluded: skipped, filter_fn returned False" in text
-    assert len(mk.pack_model_(model).converted) == 1
-    assert isinstance(model.second, mk.nn.PackedLinear)
-    assert model.second is model.first
-
-
 def test_converting_twice_and_nothing() -> None:
     model = small()
     mk.mask_model_(model, mk.recipes.edge_popup())
     again = mk.mask_model_(model, mk.recipes.edge_popup())
     assert again.converted == {}
+    assert set(again.skipped.values()) == {"it has a mask already"}
     assert mk.materialize_(nn.Sequential(nn.ReLU())).converted == {}
 
 

@@ -13,7 +13,6 @@ import demo
 import numpy as np
 import predict
 import pytest
-import recipes_table
 import report
 import torch
 import train
@@ -186,36 +185,6 @@ def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
         "--resume",
     ):
         assert word in text
-
-
-def fake_result(accuracy: float, size: int) -> dict:
-    return {
-        "dataset": "cifar10",
-        "model": "convmixer",
-        "model_args": {"dim": 16},
-        "images": [500, 100, 200],
-        "settings": {"epochs": 3, "batch_size": 64, "optimizer": "adamw", "lr": 0.02, "seed": 0},
-        "machine": {"torch": "2.13.0", "cpu": "AVX512", "threads": 2},
-        "test_accuracy": accuracy,
-        "val_accuracy": 0.5,
-        "best_epoch": 2,
-        "train_seconds": 12.3,
-        "sizes": {"file_bytes": size, "values": 77},
-    }
-
-
-def test_recipes_table_takes_finished_runs_and_writes_their_numbers(tmp_path: Path) -> None:
-    for number, name in enumerate(recipes_table.RUNS):
-        run = tmp_path / name.replace(" ", "-")
-        run.mkdir()
-        (run / "result.json").write_text(json.dumps(fake_result(0.6 - 0.01 * number, 1000)))
-    results = recipes_table.train_all(tmp_path, [])
-    assert list(results) == list(recipes_table.RUNS)
-    results["edge_popup"] = fake_result(0.4321, 125)
-    page = recipes_table.page(results, "abc1234")
-    assert "| edge_popup | 77 | 43.21 | 50.00 | 2 | 125 | 8.0 |" in page
-    assert "| random_padding 1e-5 | 77 | 53.00 |" in page
-    assert "500 training, 100 validation and 200 test" in page and "abc1234" in page
 
 
 def test_demo_writes_one_self_contained_page(

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_report, gpu_training
+from bench import gpu_report, gpu_training, nets
 from bench.gpu_cases import CASES, TOY, Case
+
+TOY_NET = nets.TOYS[0]
 
 
 @pytest.mark.parametrize("case", TOY, ids=lambda case: case.name)
@@ -40,9 +42,10 @@ def test_no_report_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", gpu_training.NAMES)
-def test_training_steps_learn(name: str) -> None:
-    step = gpu_training.build(name, "cpu", "reference", batch=4, dim=8, depth=1)
+@pytest.mark.parametrize("way", nets.ways(TOY_NET))
+def test_training_steps_learn(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nets, "RATE", 0.1)
+    step = gpu_training.make_step(TOY_NET, way, "cpu", "reference", batch=4)
     first = step()
     for _ in range(5):
         last = step()
@@ -61,6 +64,7 @@ def test_page() -> None:
     }
     graph = {"median": 10.0, "q20": 9.0, "q80": 11.0}
     providers = {"ours": {"graph": graph, "eager": graph}, "F.linear": {"eager": {"median": 35.0}}}
+    step = {"peak_bytes": 2_000_000, "peak_bytes_per_weight": 30.0}
     page = gpu_report.render(
         {
             "machine": facts,
@@ -70,8 +74,11 @@ def test_page() -> None:
                 {"name": "b", "error": "wrong results: {'ours': inf}"},
             ],
             "training": {
-                "ours": {"median": 12.5, "peak_bytes": 3_000_000},
-                "dense": {"error": "OutOfMemoryError: no"},
+                "Net, batch 2": {
+                    "ours": {**step, "median": 12.5, "peak_bytes": 3_000_000},
+                    "dense eager": {**step, "median": 10.0, "peak_bytes_per_weight": 28.5},
+                    "published layer": {"error": "OutOfMemoryError: no"},
+                },
             },
         }
     )
@@ -79,5 +86,6 @@ def test_page() -> None:
     assert "| a | ours | 10.0 | 10.0 | - | - |" in page
     assert "| a | F.linear | - | 35.0 | - | 3.50x |" in page
     assert "| b | wrong results: {'ours': inf} | | | | |" in page
-    assert "| ours | 12.50 | 3 |" in page
-    assert "| dense | OutOfMemoryError: no |  |" in page
+    assert "| Net, batch 2 | ours | 12.50 | 1.250x | 3 | 30.0 | +1.5 |" in page
+    assert "| Net, batch 2 | dense eager | 10.00 | 1.000x | 2 | 28.5 | +0.0 |" in page
+    assert "| Net, batch 2 | published layer | OutOfMemoryError: no |" in page

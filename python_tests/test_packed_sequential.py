@@ -175,6 +175,22 @@ def test_packed_model(align: bool, backend: str, monkeypatch: pytest.MonkeyPatch
     assert again.state_dict().keys() == truth.state_dict().keys()
 
 
+@pytest.mark.parametrize("name", ("resnet20", "resnet18", "resnet50"))
+def test_packed_resnets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every convolution runs together with its BatchNorm and, but for a block's last, its ReLU."""
+    model = mk.models.create_model(name, width=8, depths=[1, 1]).eval()
+    mk.mask_model_(model, mk.recipes.random_padding(3e-2))
+    convolutions = len(mk.pack_model_(model).converted) - 1
+    calls = fused_calls(monkeypatch)
+    with torch.inference_mode():
+        model(torch.randn(2, 3, 16, 16))
+    monkeypatch.undo()
+    assert set(calls) == {"masked_conv2d_fused", "masked_conv2d_chain", "masked_linear"}
+    fused = [m for m in model.modules() if isinstance(m, mk.nn.PackedSequential)]
+    inside = [m for each in fused for m in each if isinstance(m, mk.nn.PackedConv2d)]
+    assert len(inside) == convolutions
+
+
 def test_the_orders_that_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     def norm() -> nn.BatchNorm2d:
         norm = nn.BatchNorm2d(4)

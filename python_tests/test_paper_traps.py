@@ -124,7 +124,7 @@ def test_kth_value_is_not_off_by_one(backend: str) -> None:
     scores = torch.arange(10.0)
     assert faster_mask(scores, 0.5).sum() == 6
     with mk.use_backend(backend):
-        for n in range(1, 40):
+        for n in (1, 2, 9, 10, 32, 33):
             kept = mk.TopK(0.5)(torch.arange(1.0, n + 1)).unpack()
             assert kept.tolist() == [i >= n // 2 for i in range(n)]
 

@@ -263,6 +263,19 @@ def test_errors(arguments: dict[str, object], message: str) -> None:
     assert type(model[0]) is nn.Linear
 
 
+def test_scores_that_do_not_fit_leave_the_model_untouched() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    before = [p.clone() for p in model.parameters()]
+    for scores, message in (
+        ({"0": torch.ones(3, 3)}, r"method: got scores of \['0'\], expected those of \['0', '1'\]"),
+        ({"0": torch.ones(3, 3), "1": torch.ones(3, 2)}, r"scores of '1': got shape \(3, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mk.pruning.prune_model_(model, lambda *_, scores=scores: scores, density=0.5)
+    assert [type(m) for m in model] == [nn.Linear, nn.Linear]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
 def test_other_errors() -> None:
     with pytest.raises(ValueError, match="model: got a bare Linear"):
         mk.pruning.prune_model_(nn.Linear(3, 3), density=0.5)

@@ -11,13 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import masked_kernels as mk
 
+from ..nets import IMAGE
 from ..problem import Case, Problem, Provider, against_float64, channels_last
 from ..providers import compiled, published, unfused_
 
 BF16_NETWORK_ERROR = 5e-2
 """Relative, of the logits: what many layers of 8-bit roundings add up to is about 1e-2."""
 ROTATION = 4
-IMAGE = (3, 32, 32)
 RATIO = 1e-4
 
 

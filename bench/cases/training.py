@@ -1,5 +1,6 @@
 """Training: steps of a network, and one layer forward and backward."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,23 +12,58 @@ from torch.overrides import TorchFunctionMode
 
 import masked_kernels as mk
 
+from ..nets import CLASSES, IMAGE, NETS, RECIPES, TOYS, Net, build, masked, training_step, ways
 from ..problem import Case, ErrorOf, Judge, Problem, Provider, channels_last, error_against
-from ..providers import published, unfused_
-from .network import IMAGE, masked_convmixer, multiply_adds
+from ..providers import published
+from .network import masked_convmixer, multiply_adds
 
-CLASSES = 10
 CHECKED = 4
 """Images; the float64 gradients of more take minutes."""
-RATE = 1e-3
-"""Of the steps: small, so that timing does not train the network away from where it was checked."""
 
 
 @dataclass(frozen=True)
 class TrainingStep(Case):
     """A step of SGD on one batch: gradients to None, forward, cross entropy, backward, update.
 
-    Scores and norms train; the dense network trains its weights and norms.
+    Scores, norms and whatever else no mask covers train; the dense network trains its weights too.
     """
+
+    net: Net
+    batch: int
+    group: ClassVar[str] = "training"
+
+    @property
+    def name(self) -> str:
+        return f"training step {self.net.title} batch={self.batch}"
+
+    def facts(self) -> dict[str, Any]:
+        return {"model": self.net.model, "batch": self.batch, "paper_batch": self.net.batch}
+
+    def build(self, backend: str) -> Problem:
+        inputs, labels = _batches(self.batch)
+
+        def provider(way: str) -> Provider:
+            exact = {"ours, mask": lambda: published(masked(self.net, RECIPES[way]))}
+            if way.startswith("dense"):
+                exact[way] = lambda: build(self.net, "dense eager")
+            judge = _gradients_of(exact[way], labels) if way in exact else None
+            return Provider(_step(build(self.net, way), labels, backend), judge=judge)
+
+        names = ways(self.net)
+        return Problem(
+            inputs,
+            {way: functools.partial(provider, way) for way in names},
+            _gradients_of(lambda: build(self.net, "published layer"), labels),
+            dense=tuple(way for way in names if way.startswith("dense")),
+            multiply_adds=3 * multiply_adds(lambda: self.net.create()(inputs[0][:1])) * self.batch,
+            trains=True,
+            checked=inputs[0][:CHECKED],
+        )
+
+
+@dataclass(frozen=True)
+class AlignedStep(Case):
+    """``TrainingStep`` of a ConvMixer with an aligned prototype, whose products are fast."""
 
     dim: int
     depth: int
@@ -39,26 +75,22 @@ class TrainingStep(Case):
         return f"training step ConvMixer-{self.dim}/{self.depth} aligned batch={self.batch}"
 
     def build(self, backend: str) -> Problem:
-        generator = torch.Generator().manual_seed(0)
-        inputs = tuple(torch.randn(self.batch, *IMAGE, generator=generator) for _ in range(2))
-        labels = torch.randint(CLASSES, (self.batch,), generator=generator)
+        inputs, labels = _batches(self.batch)
 
-        def masked() -> nn.Module:
+        def ours() -> nn.Module:
             return masked_convmixer(self.dim, self.depth)
 
         def as_published() -> nn.Module:
-            return published(masked())
+            return published(ours())
 
         def dense() -> nn.Module:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = mk.models.create_model("convmixer", dim=self.dim, depth=self.depth)
-            return unfused_(model).to(memory_format=torch.channels_last)
+            arguments = {"dim": self.dim, "depth": self.depth}
+            return build(Net("", "convmixer", self.batch, self.batch, arguments), "dense eager")
 
         return Problem(
             inputs,
             {
-                "ours": lambda: Provider(_step(masked(), labels, backend)),
+                "ours": lambda: Provider(_step(ours(), labels, backend)),
                 "dense eager": lambda: Provider(
                     _step(dense(), labels, backend), judge=_gradients_of(dense, labels)
                 ),
@@ -72,17 +104,19 @@ class TrainingStep(Case):
         )
 
 
+def _batches(batch: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Two batches of images, and labels for either."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = tuple(torch.randn(batch, *IMAGE, generator=generator) for _ in range(2))
+    return inputs, torch.randint(CLASSES, (batch,), generator=generator)
+
+
 def _step(model: nn.Module, labels: Tensor, backend: str) -> Callable[[Tensor], nn.Module]:
     """A step that returns the model; its gradients are the step's."""
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, RATE)
+    step = training_step(model, labels, backend)
 
     def run(x: Tensor) -> nn.Module:
-        with mk.use_backend(backend):
-            optimizer.zero_grad()
-            F.cross_entropy(model(channels_last(x)), labels[: len(x)]).backward()
-            optimizer.step()
+        step(x)
         return model
 
     return run
@@ -204,9 +238,14 @@ def _flat_gradients(model: nn.Module) -> Tensor:
 
 
 CASES = (
-    TrainingStep(256, 8, 64),
+    AlignedStep(256, 8, 64),
+    *(TrainingStep(net, net.cpu_batch) for net in NETS),
     TrainedLinear(1536, 512, 65 * 64, "ViT-512 qkv"),
     TrainedLinear(512, 512, 65 * 64, "ViT-512 mlp"),
 )
 QUICK = CASES[:1]
-TOY = (TrainingStep(8, 1, 4), TrainedLinear(16, 32, 8))
+TOY = (
+    AlignedStep(8, 1, 4),
+    *(TrainingStep(net, net.cpu_batch) for net in TOYS),
+    TrainedLinear(16, 32, 8),
+)

@@ -1,9 +1,11 @@
 // y [M, N] = scale * x [M, K] (w . m)^T + bias from the kept weights alone: half the bytes of a
 // dense layer at half density. The bits say where each of them belongs.
 #include "target.h"
+#include "vector.h"
 
 #include "masked_kernels/kernels.h"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 
@@ -15,6 +17,7 @@ constexpr int64_t kLanes = 16;
 
 struct Rows {
   const float* kept[kRows];
+  const float* kept_end; // of all rows
   const uint32_t* words[kRows];
 };
 
@@ -49,9 +52,128 @@ constexpr Kernels kKernels = {micro_kernel<1>, micro_kernel<2>, micro_kernel<3>,
 } // namespace scalar
 
 #if MK_X86
-namespace avx2 { // has no instruction that spreads values over the lanes of a mask
-using scalar::kKernels;
+namespace avx2 {
+
+constexpr int64_t kHalf = kLanes / 2;
+
+// By eight bits: where each lane's value stands among those kept. A lane whose bit is not set is
+// negative.
+struct Places {
+  alignas(32) int32_t of[1 << kHalf][kHalf];
+};
+
+constexpr Places find_places() {
+  Places places = {};
+  for (int bits = 0; bits < 1 << kHalf; ++bits)
+    for (int lane = 0, next = 0; lane < kHalf; ++lane)
+      places.of[bits][lane] = bits >> lane & 1 ? next++ : -1;
+  return places;
 }
+
+constexpr Places kPlaces = find_places();
+
+// The values of eight columns, 0 where the bit is not set; `next` moves behind them. Reads eight
+// values, unless kNearEnd, then none from `end` on.
+template <bool kNearEnd>
+MK_AVX2 MK_INLINE __m256 spread(const float*& next, const float* end, uint8_t bits) {
+  const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces.of[bits]));
+  __m256 values;
+  if (kNearEnd && end - next < kHalf) {
+    float rest[kHalf] = {};
+    std::copy(next, end, rest);
+    values = _mm256_loadu_ps(rest);
+  } else {
+    values = _mm256_loadu_ps(next);
+  }
+  asm("" : "+x"(values)); // a permutation of memory takes Zen 3 twice as long
+  next += __builtin_popcount(bits);
+  return _mm256_blendv_ps(
+      _mm256_permutevar8x32_ps(values, places), _mm256_setzero_ps(), _mm256_castsi256_ps(places));
+}
+
+// The sums of some of the rows, in registers.
+template <int kAtOnce, int kTokens>
+struct Sums {
+  __m256 at[kAtOnce][kTokens];
+};
+
+// Adds eight columns, of which `lanes` exist; `bits` are those of each row.
+template <bool kNearEnd, int kAtOnce, int kTokens>
+MK_AVX2 MK_INLINE void add_columns(const float* (&next)[kAtOnce], const float* end,
+    const uint32_t (&bits)[kAtOnce], const float* x, int64_t cols, int64_t lanes,
+    Sums<kAtOnce, kTokens>& sums) {
+  Floats<kHalf> xs[kTokens];
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t)
+    xs[t] = load<kHalf>(x + t * cols, lanes);
+#pragma GCC unroll 8
+  for (int r = 0; r < kAtOnce; ++r) {
+    const __m256 w = spread<kNearEnd>(next[r], end, static_cast<uint8_t>(bits[r]));
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+      sums.at[r][t] = _mm256_fmadd_ps(w, xs[t], sums.at[r][t]);
+  }
+}
+
+template <bool kNearEnd, int kAtOnce, int kTokens>
+MK_AVX2 MK_INLINE void multiply(
+    const Rows& rows, int first, const float* x, int64_t cols, float* sums) {
+  Sums<kAtOnce, kTokens> acc;
+  const float* next[kAtOnce];
+#pragma GCC unroll 8
+  for (int r = 0; r < kAtOnce; ++r) {
+    next[r] = rows.kept[first + r];
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+      acc.at[r][t] = _mm256_setzero_ps();
+  }
+  uint32_t bits[kAtOnce];
+  for (int64_t k = 0; k < cols; k += kWordBits) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kAtOnce; ++r)
+      bits[r] = rows.words[first + r][k / kWordBits];
+    if (cols - k >= kWordBits) {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kWordBits; i += kHalf) {
+        add_columns<kNearEnd>(next, rows.kept_end, bits, x + k + i, cols, kHalf, acc);
+        for (uint32_t& word : bits)
+          word >>= kHalf;
+      }
+    } else {
+      for (int64_t i = k; i < cols; i += kHalf) {
+        const int64_t lanes = std::min(kHalf, cols - i);
+        add_columns<kNearEnd>(next, rows.kept_end, bits, x + i, cols, lanes, acc);
+        for (uint32_t& word : bits)
+          word >>= kHalf;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kAtOnce; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      float lane[kHalf];
+      _mm256_storeu_ps(lane, acc.at[r][t]);
+      sums[(first + r) * kTokens + t] = std::accumulate(lane, lane + kHalf, 0.0f);
+    }
+}
+
+template <int kTokens>
+MK_AVX2 void micro_kernel(const Rows& rows, const float* x, int64_t cols, float* sums) {
+  constexpr int kAtOnce = kTokens <= 2 ? 4 : kTokens <= 5 ? 2 : 1;
+  const float* last = *std::max_element(rows.kept, rows.kept + kRows);
+  const bool near_end = rows.kept_end - last < cols + kHalf;
+  for (int first = 0; first < kRows; first += kAtOnce)
+    if (near_end)
+      multiply<true, kAtOnce, kTokens>(rows, first, x, cols, sums);
+    else
+      multiply<false, kAtOnce, kTokens>(rows, first, x, cols, sums);
+}
+
+constexpr Kernels kKernels = {micro_kernel<1>, micro_kernel<2>, micro_kernel<3>, micro_kernel<4>,
+    micro_kernel<5>, micro_kernel<6>};
+
+} // namespace avx2
 
 namespace avx512 {
 
@@ -110,6 +232,7 @@ void compact_linear(const CompactLinear& p, const Exec& exec) {
         for (int64_t group = begin; group < end; ++group) {
           const int64_t first = group * kRows;
           Rows rows;
+          rows.kept_end = p.kept + p.kept_count;
           for (int r = 0; r < kRows; ++r) {
             const int64_t row = std::min(first + r, p.rows - 1); // the last again; not used
             rows.kept[r] = p.kept + p.starts[row];

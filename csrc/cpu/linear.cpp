@@ -72,45 +72,77 @@ MK_AVX2 MK_INLINE __m256i expand(__m256i bits, __m256i lane_bit) {
 }
 
 template <int kRows, int kTokens>
+struct Sums {
+  __m256 at[kRows][kTokens];
+};
+
+// Adds the 16 columns from k on. Their bits are in every lane of each row's `bits`. With kPartial,
+// values whose bit is not set are not read.
+template <bool kPartial, int kRows, int kTokens>
+MK_AVX2 MK_INLINE void add_columns(const Rows& rows, const __m256i (&bits)[kRows], const float* x,
+    int64_t k, Sums<kRows, kTokens>& sums) {
+  constexpr int64_t kHalf = kLanes / 2;
+  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+#pragma GCC unroll 2
+  for (int64_t half = 0; half < kLanes; half += kHalf) {
+    const __m256i lane_bit = half == 0 ? low : _mm256_slli_epi32(low, kHalf);
+    __m256 w[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const __m256i set = expand(bits[r], lane_bit);
+      const float* values = rows.values[r] + k + half;
+      w[r] = kPartial ? _mm256_maskload_ps(values, set)
+                      : _mm256_and_ps(_mm256_castsi256_ps(set), _mm256_loadu_ps(values));
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      const __m256 xs = _mm256_loadu_ps(x + t * kLanes + half);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        sums.at[r][t] = _mm256_fmadd_ps(w[r], xs, sums.at[r][t]);
+    }
+  }
+}
+
+template <int kRows, int kTokens>
 MK_AVX2 void micro_kernel(const Rows& rows, const float* x, int64_t count, float* sums) {
-  __m256 acc[kRows][kTokens];
+  Sums<kRows, kTokens> acc;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t)
-      acc[r][t] = _mm256_setzero_ps();
+      acc.at[r][t] = _mm256_setzero_ps();
 
-  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const __m256i high = _mm256_slli_epi32(low, 8);
-  for (int64_t k = 0; k < count; k += kLanes, x += kTokens * kLanes) {
+  __m256i bits[kRows];
+  const auto load_bits = [&](int64_t k, uint32_t columns) MK_AVX2 {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      // Past the end all bits are 0, and a masked load reads nothing there.
-      const uint32_t word = rows.words[r][k / kWordBits] >> k % kWordBits & low_bits(count - k);
-      const __m256i bits = _mm256_set1_epi32(static_cast<int>(word));
-      const float* values = rows.values[r] + k;
-      const __m256 w_low = _mm256_maskload_ps(values, expand(bits, low));
-      const __m256 w_high = _mm256_maskload_ps(values + kLanes / 2, expand(bits, high));
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) {
-        const float* xt = x + t * kLanes;
-        acc[r][t] = _mm256_fmadd_ps(w_low, _mm256_loadu_ps(xt), acc[r][t]);
-        acc[r][t] = _mm256_fmadd_ps(w_high, _mm256_loadu_ps(xt + kLanes / 2), acc[r][t]);
-      }
+      const uint32_t word = rows.words[r][k / kWordBits] >> k % kWordBits & columns;
+      bits[r] = _mm256_set1_epi32(static_cast<int>(word));
     }
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes, x += kTokens * kLanes) {
+    load_bits(k, ~0u);
+    add_columns<false>(rows, bits, x, k, acc);
+  }
+  if (k < count) {
+    load_bits(k, low_bits(count - k));
+    add_columns<true>(rows, bits, x, k, acc);
   }
 
   for (int r = 0; r < kRows; ++r) {
     for (int t = 0; t < kTokens; ++t) {
       float lanes[kLanes / 2];
-      _mm256_storeu_ps(lanes, acc[r][t]);
+      _mm256_storeu_ps(lanes, acc.at[r][t]);
       sums[r * kTokens + t] = std::accumulate(lanes, lanes + kLanes / 2, 0.0f);
     }
   }
 }
 
-constexpr Kernels kKernels = {4, {{4, micro_kernel<4, 1>}, {4, micro_kernel<4, 2>},
-                                     {4, micro_kernel<4, 3>}, {3, micro_kernel<3, 4>}}};
+constexpr Kernels kKernels = {
+    6, {{4, micro_kernel<4, 1>}, {4, micro_kernel<4, 2>}, {3, micro_kernel<3, 3>},
+           {2, micro_kernel<2, 4>}, {2, micro_kernel<2, 5>}, {2, micro_kernel<2, 6>}}};
 
 } // namespace avx2
 

@@ -69,10 +69,63 @@ void nm_span(const float* scores, int64_t count, int64_t n, int64_t m, uint32_t*
 #if MK_X86
 namespace avx2 {
 
-MK_AVX2 bool threshold_span(const float* scores, int64_t count, float threshold, uint32_t* words) {
-  return threshold_span_body(scores, count, threshold, words);
+constexpr int64_t kLanes = 8;
+
+// One bit a lane, of lanes that are all ones or all zeros.
+MK_AVX2 MK_INLINE uint32_t bits_of(__m256 lanes) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(lanes));
 }
-using scalar::nm_span;
+MK_AVX2 MK_INLINE uint32_t bits_of(__m256i lanes) {
+  return bits_of(_mm256_castsi256_ps(lanes));
+}
+
+MK_AVX2 bool threshold_span(const float* scores, int64_t count, float threshold, uint32_t* words) {
+  const __m256 cut = _mm256_set1_ps(threshold);
+  __m256 nan = _mm256_setzero_ps();
+  for (; count >= kWordBits; count -= kWordBits, scores += kWordBits) {
+    uint32_t word = 0;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kWordBits; i += kLanes) {
+      const __m256 s = _mm256_loadu_ps(scores + i);
+      word |= bits_of(_mm256_cmp_ps(s, cut, _CMP_GT_OQ)) << i;
+      nan = _mm256_or_ps(nan, _mm256_cmp_ps(s, s, _CMP_UNORD_Q));
+    }
+    *words++ = word;
+  }
+  const bool in_rest = threshold_span_body(scores, count, threshold, words);
+  return in_rest || bits_of(nan) != 0;
+}
+
+// Groups that tile a vector: each lane counts the lanes of its group that beat it, by rotating the
+// keys within the groups.
+template <bool kAbsolute>
+MK_AVX2 void nm_span(const float* scores, int64_t count, int64_t n, int64_t m, uint32_t* words) {
+  std::fill_n(words, words_per_row(count), 0u);
+  int64_t i = 0;
+  if (m <= kLanes && kLanes % m == 0) {
+    const __m256i sign = _mm256_set1_epi32(static_cast<int>(kSignBit)); // comparisons are signed
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i in_group = _mm256_set1_epi32(static_cast<int>(m - 1));
+    const __m256i limit = _mm256_set1_epi32(static_cast<int>(std::min(n, m)));
+    for (; i + kLanes <= count; i += kLanes) {
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scores + i));
+      const __m256i keys = _mm256_xor_si256(keys_of<kAbsolute>(bits), sign);
+      __m256i beaten = _mm256_setzero_si256();
+      for (int step = 1; step < m; ++step) {
+        const __m256i turned = _mm256_add_epi32(lane, _mm256_set1_epi32(step));
+        const __m256i from = _mm256_or_si256(
+            _mm256_and_si256(turned, in_group), _mm256_andnot_si256(in_group, lane));
+        const __m256i other = _mm256_permutevar8x32_epi32(keys, from);
+        const __m256i ties =
+            _mm256_and_si256(_mm256_cmpgt_epi32(from, lane), _mm256_cmpeq_epi32(other, keys));
+        const __m256i beats = _mm256_or_si256(_mm256_cmpgt_epi32(other, keys), ties);
+        beaten = _mm256_sub_epi32(beaten, beats);
+      }
+      words[i / kWordBits] |= bits_of(_mm256_cmpgt_epi32(limit, beaten)) << i % kWordBits;
+    }
+  }
+  nm_groups<kAbsolute>(scores, i, count, n, m, words);
+}
 
 } // namespace avx2
 

@@ -294,8 +294,8 @@ Tensor compact_linear_op(const Tensor& x, const Tensor& kept, const Tensor& star
   const float* added = bias ? floats_of("bias", *bias, rows) : nullptr;
   Tensor y = empty({shape.rows, rows}, ScalarType::Float);
   compact_linear(
-      {input, floats_of("kept", kept, kept.numel()), starts.const_data_ptr<int64_t>(), bits, added,
-          scale_of(scale), shape.rows, rows, shape.cols, y.mutable_data_ptr<float>()},
+      {input, floats_of("kept", kept, kept.numel()), kept.numel(), starts.const_data_ptr<int64_t>(),
+          bits, added, scale_of(scale), shape.rows, rows, shape.cols, y.mutable_data_ptr<float>()},
       exec());
   return y;
 }

@@ -78,9 +78,10 @@ class Patches(nn.Module):
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = x.unflatten(3, (-1, self.size)).unflatten(2, (-1, self.size))
-        patches: Tensor = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        return patches
+        batch, channels, height, width = x.shape
+        rows, columns = height // self.size, width // self.size
+        grid = x.reshape(batch, channels, rows, self.size, columns, self.size)
+        return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
 
     def extra_repr(self) -> str:
         return str(self.size)
@@ -114,7 +115,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * dim_head, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.dim_head)).transpose(1, 3)
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, self.dim_head).transpose(1, 3)
         query, key, value = qkv.unbind(2)  # [B, heads, tokens, dim_head] each
         mixed = F.scaled_dot_product_attention(query, key, value)
         result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))

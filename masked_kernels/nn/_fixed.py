@@ -23,12 +23,16 @@ class FixedMask(FrozenLayer):
 
 
 class FixedMaskLinear(FixedMask, LinearGeometry):
+    """``masked_linear`` of the values."""
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         return masked_linear(x, self.values, self.mask, self.bias, scale=self.scale)
 
 
 class FixedMaskConv2d(FixedMask, Conv2dGeometry):
+    """``masked_conv2d`` of the values."""
+
     def forward(self, x: Tensor) -> Tensor:
         """``[B, in_channels, H, W]`` to ``[B, out_channels, H', W']``."""
         x, padding = self.pad(x)

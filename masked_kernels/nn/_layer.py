@@ -46,6 +46,12 @@ class FrozenLayer(nn.Module):
         return self.weight
 
     @property
+    def held(self) -> Tensor:
+        """The tensor that holds the values: the dense weight, or the prototype's vector."""
+        values = self.values
+        return values.values if isinstance(values, Prototype) else values
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         raise NotImplementedError
 

@@ -15,7 +15,7 @@ class CompactLinear(PackedLinear):
 
     At density 0.5 half the memory of a dense layer; for inference with few tokens at a time,
     because more of them read no fewer bytes and wait for the values to be put in their places.
-    It gives no gradient. Saved and materialized, it is the dense weight with zeros.
+    It gives no gradient. Loaded from a file or materialized, it is the dense weight with zeros.
 
     Args:
         in_features, out_features, weight, mask, bias, scale: as in ``PackedLinear``; ``weight``
@@ -45,6 +45,10 @@ class CompactLinear(PackedLinear):
         """The weight, written out anew, 0 where it is masked."""
         zeros = self.kept.new_zeros(self.weight_shape)
         return zeros.masked_scatter_(self.mask.unpack(), self.kept)
+
+    @property
+    def held(self) -> Tensor:
+        return self.kept
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""

@@ -83,6 +83,13 @@ class MaskConfig:
         """What ``fan_in`` is multiplied by where weights are drawn."""
         return self.rule.density if self.scale_fan and isinstance(self.rule, TopK | NM) else 1.0
 
+    @property
+    def makes_prototypes(self) -> bool:
+        """Whether masked layers read a Prototype and have no weight of their own."""
+        if self.values in ("random", "one_layer"):
+            return self.seeded
+        return self.values != "pretrained"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields; ``from_dict`` reads them back."""
         return {**asdict(self), "rule": self.rule.to_dict()}

@@ -1,6 +1,5 @@
 """Conversion of whole models: plain -> masked -> packed, and back to plain."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,7 @@ from .masked import MaskedConv2d, MaskedLinear, _MaskedLayer
 from .packed import PackedLinear, pack_layer
 from .packed_sequential import PackedSequential, is_fusable
 from .pruned import _PrunedLayer
-
-FilterFn = Callable[[str, nn.Module], bool]
+from .targets import FilterFn, Plain, find_targets, forbid_fused_encoders
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,23 @@ def mask_model_(
     layer's draw depends on ``seed`` and on the layer's position alone, so recipes of one seed share
     scores and initial weights. Global random state is untouched.
 
+    A layer whose mask would change more than its own output, or go unseen, stays as it is: one that
+    shares its weight, whose weight is computed, quantised or read by the module around it (as
+    nn.MultiheadAttention does), or whose class has a forward of its own. The report names these,
+    and all other modules with a weight, with the reason. A module under two names is converted
+    once.
+
     Args:
         model: a module that contains the layers; a bare ``nn.Linear`` cannot be replaced in place.
         config: see MaskConfig and the presets in ``masked_kernels.recipes``.
-        filter_fn: ``filter_fn(name, module)`` decides which layers to convert; None converts all.
+        filter_fn: ``filter_fn(name, layer)`` decides which of the layers that can be masked are;
+            None masks all. ``lambda name, layer: isinstance(layer, nn.Conv2d)`` goes by type,
+            ``lambda name, layer: name != "head"`` by name.
         seed: of all draws.
     """
     check_type("config", config, MaskConfig)
-    targets, skipped = _find_targets(model, filter_fn)
+    _check_contains(model, Plain)
+    targets, skipped = find_targets(model, filter_fn, config.makes_prototypes)
     values = make_values(targets, config, seed)
     masked: dict[nn.Module, FrozenLayer] = {}
     for index, (name, plain) in enumerate(targets.items()):
@@ -116,10 +123,7 @@ def _convert(
     kind: type[FrozenLayer] | tuple[type[FrozenLayer], ...],
     convert: Callable[[Any], nn.Module],
 ) -> ConversionReport:
-    if isinstance(model, kind):
-        raise ValueError(
-            f"model: got a bare {type(model).__name__}, expected a module that contains such layers"
-        )
+    _check_contains(model, kind)
     replacements = {layer: convert(layer) for layer in model.modules() if isinstance(layer, kind)}
     converted = {
         name: repr(replacements[m]) for name, m in model.named_modules() if m in replacements
@@ -128,37 +132,19 @@ def _convert(
     return ConversionReport(converted, {})
 
 
+def _check_contains(model: nn.Module, kind: Any) -> None:
+    if isinstance(model, kind):
+        raise ValueError(
+            f"model: got a bare {type(model).__name__}, expected a module that contains such layers"
+        )
+
+
 def _replace(model: nn.Module, replacements: dict[Any, Any]) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():  # named_children() hides a module's second name
             if child in replacements:
                 setattr(parent, name, replacements[child])
-
-
-def _find_targets(
-    model: nn.Module, filter_fn: FilterFn | None
-) -> tuple[dict[str, nn.Linear | nn.Conv2d], dict[str, str]]:
-    if isinstance(model, nn.Linear | nn.Conv2d):
-        raise ValueError(
-            f"model: got a bare {type(model).__name__}, expected a module that contains such layers"
-        )
-    users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    targets: dict[str, nn.Linear | nn.Conv2d] = {}
-    skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Conv2d):
-            continue
-        if type(module) not in (nn.Linear, nn.Conv2d):
-            skipped[name] = f"{type(module).__name__} is a subclass whose forward may differ"
-        elif filter_fn is not None and not filter_fn(name, module):
-            skipped[name] = "filter_fn returned False"
-        elif users[id(module.weight)] > 1:
-            skipped[name] = "its weight is shared with another module"
-        elif not module.weight.is_floating_point():
-            skipped[name] = f"its weight is {module.weight.dtype}"
-        else:
-            targets[name] = module
-    return targets, skipped
+    forbid_fused_encoders(model)
 
 
 def _masked_like(

@@ -33,9 +33,10 @@ class _PrunedLayer(FixedMask):
         else:
             self.register_parameter("bias", None)
         if drawn:
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        self._drop()
-        self._reset_bias()
+            self.reset_parameters()
+        else:
+            self._drop()
+            self._reset_bias()
 
     def reset_parameters(self) -> None:
         """Draw weight and bias afresh, as ``nn.Linear`` and ``nn.Conv2d`` do; the mask stays."""

@@ -55,12 +55,12 @@ def _fuses(gelu: nn.Module, norm: nn.Module, x: Tensor) -> bool:
         and not x.is_contiguous()
         and all(t.dtype == torch.float32 for t in norm.parameters())
         and x.numel() > x.shape[1]  # else BatchNorm2d refuses to train, in its own words
-        and not (_has_hooks(gelu) or _has_hooks(norm))
+        and not (has_hooks(gelu) or has_hooks(norm))
         and why_unavailable("cpu") is None
     )
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def has_hooks(layer: nn.Module) -> bool:
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .._text import table
 from ..backends import AUTO, choose
 from ._layer import Conv2dGeometry, FrozenLayer
+from .compact import CompactLinear
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ def summary(model: nn.Module) -> Summary:
     for name, module in model.named_modules():
         if not isinstance(module, FrozenLayer):
             continue
-        values = module.weight if module.prototype is None else module.prototype.values
-        assert values is not None
+        values = module.held
         shared[values.data_ptr()] = values.numel() * values.element_size()
         numel = torch.Size(module.weight_shape).numel()
         mask = module.mask
@@ -102,4 +102,5 @@ def _chosen_backend(layer: FrozenLayer, words: Tensor, values: Tensor) -> str:
         arguments = (x, values, words, None, None, *geometry, layer.groups)
         return choose("masked_conv2d", AUTO, *arguments)
     x = values.new_empty((1, layer.weight_shape[1]))
-    return choose("masked_linear", AUTO, x, values, words, None, None)
+    op = "compact_linear" if isinstance(layer, CompactLinear) else "masked_linear"
+    return choose(op, AUTO, x, values, words, None, None)

@@ -2,8 +2,10 @@
 
 from torch import nn
 
-from ..nn.convert import ConversionReport, FilterFn, _find_targets, _replace
+from .._checks import check_shape
+from ..nn.convert import ConversionReport, _check_contains, _replace
 from ..nn.pruned import prune_layer
+from ..nn.targets import FilterFn, Plain, find_targets
 from .magnitude import magnitude
 from .masks import Method, prune_masks
 from .random import random
@@ -45,8 +47,14 @@ def prune_model_(
                 f"method: got {method!r}, expected one of {', '.join(METHODS)} or a function"
             )
         method = METHODS[method]
-    layers, skipped = _find_targets(model, filter_fn)
-    masks = prune_masks(method(model, layers, seed), density, scope)
+    _check_contains(model, Plain)
+    layers, skipped = find_targets(model, filter_fn, prototype=False)
+    scores = method(model, layers, seed)
+    if scores.keys() != layers.keys():
+        raise ValueError(f"method: got scores of {list(scores)}, expected those of {list(layers)}")
+    for name, layer in layers.items():
+        check_shape(f"scores of {name!r}", scores[name], layer.weight.shape)
+    masks = prune_masks(scores, density, scope)
     pruned = {layer: prune_layer(layer, masks[name]) for name, layer in layers.items()}
     _replace(model, pruned)
     return ConversionReport({name: repr(pruned[layer]) for name, layer in layers.items()}, skipped)

@@ -1,4 +1,4 @@
-"""How a model divides into masked layers and the rest of its state."""
+"""How a model divides into layers with a mask and the rest of its state."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..nn._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
 from ..nn.packed import PackedConv2d, PackedLinear
-from ..prototype import Prototype
+from ..nn.targets import is_plain
 
 PACKED: dict[str, type[PackedLinear] | type[PackedConv2d]] = {
     "linear": PackedLinear,
@@ -16,10 +16,8 @@ PACKED: dict[str, type[PackedLinear] | type[PackedConv2d]] = {
 
 def kind_of(module: nn.Module | None) -> str | None:
     """``linear`` or ``conv2d`` for a layer of that kind, plain or with a mask, else None."""
-    if isinstance(module, LinearGeometry) or type(module) is nn.Linear:
-        return "linear"
-    if isinstance(module, Conv2dGeometry) or type(module) is nn.Conv2d:
-        return "conv2d"
+    if isinstance(module, LinearGeometry | Conv2dGeometry) or is_plain(module):
+        return "linear" if isinstance(module, LinearGeometry | nn.Linear) else "conv2d"
     return None
 
 
@@ -28,13 +26,12 @@ def geometry_of(kind: str, module: Any) -> dict[str, Any]:
 
 
 def values_of(module: Any) -> Tensor:
-    """The dense weight or the prototype's values of a layer, plain or with a mask."""
-    values = module.values if isinstance(module, FrozenLayer) else module.weight
-    return values.values if isinstance(values, Prototype) else values
+    """The tensor that holds the values of a layer, plain or with a mask."""
+    return module.held if isinstance(module, FrozenLayer) else module.weight
 
 
 def frozen_layers(model: nn.Module) -> dict[str, FrozenLayer]:
-    """Masked and packed layers under all their names."""
+    """Layers with a mask, under all their names."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, FrozenLayer)}
 

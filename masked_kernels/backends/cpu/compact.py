@@ -18,7 +18,7 @@ def compact_linear(
     starts, count = relaid(words, "starts", lambda: _starts(words))
     if kept.numel() != count:
         raise ValueError(f"kept: got {kept.numel()} values, expected {count}, as many as set bits")
-    if isa() == "avx512" and x.dtype == torch.float32 and tokens <= _MOST_TOKENS:
+    if isa() != "scalar" and x.dtype == torch.float32 and tokens <= _MOST_TOKENS:
         y: Tensor = native().compact_linear(
             as_float(x),
             as_float(kept),

@@ -1,0 +1,140 @@
+"""The networks of PEMN's tables and the ways to build each: masked, dense, and as published."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import masked_kernels as mk
+
+from .problem import channels_last
+from .providers import published, unfused_
+
+RATE = 1e-3
+"""Of the steps: small, so that timing does not train the network away from where it was checked."""
+IMAGE = (3, 32, 32)
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Net:
+    """A model of the registry and its batch.
+
+    Args:
+        title: for people.
+        model, arguments: of ``mk.models.create_model``.
+        batch: the paper's.
+        cpu_batch: what 24 GB hold of the dearest way to build it.
+    """
+
+    title: str
+    model: str
+    batch: int
+    cpu_batch: int
+    arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def create(self) -> nn.Module:
+        """The plain model, always of the same numbers."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return mk.models.create_model(self.model, **self.arguments)
+
+
+_NO_DROPOUT = MappingProxyType({"dropout": 0.0})  # results of all ways must be comparable
+
+NETS = (
+    Net("ConvMixer-256/6", "convmixer_256_6", 512, 512),
+    Net("ConvMixer-256/8", "convmixer_256_8", 512, 512),
+    Net("ConvMixer-512/8", "convmixer_512_8", 512, 256),
+    Net("ViT-256/6", "vit_256_6", 256, 256, _NO_DROPOUT),
+    Net("ViT-512/8", "vit_512_8", 256, 256, _NO_DROPOUT),
+    Net("ResNet-32", "resnet32", 256, 256),
+    Net("ResNet-56", "resnet56", 256, 256),
+    Net("ResNet-18", "resnet18", 128, 128),
+)
+
+TOYS = (
+    Net("ConvMixer-8/1", "convmixer", 4, 4, {"dim": 8, "depth": 1}),
+    Net("ViT-8/1", "vit", 4, 4, {"dim": 8, "depth": 1, "mlp_dim": 16, **_NO_DROPOUT}),
+    Net("ResNet-6", "resnet", 4, 4, {"depths": (1, 1), "width": 8}),
+)
+"""One of each family, for tests and to warm up."""
+
+RECIPES = {
+    "ours": mk.recipes.random_padding(1e-2),
+    "ours, mask": mk.recipes.edge_popup(),
+}
+WAYS = (*RECIPES, "dense eager", "dense, fused norms", "published layer")
+"""``ours`` is random_padding(1e-2), ``ours, mask`` has a dense weight; the published layer writes
+its weight out and so costs the same for both. Fused norms are this package's GELU with
+BatchNorm2d, in a dense network; networks without that pair have no such way.
+"""
+
+
+def ways(net: Net) -> tuple[str, ...]:
+    """Those that differ from one another."""
+    return WAYS if "convmixer" in net.model else tuple(w for w in WAYS if "norms" not in w)
+
+
+def masked(net: Net, config: mk.MaskConfig) -> nn.Module:
+    """Always of the same numbers; no two scores of a layer tie, for the published layer's sort is
+    not stable, and one other bit in a mask is another network.
+    """
+    model = net.create()
+    mk.mask_model_(model, config, seed=0)
+    for scores in _scores(model):
+        flat = scores.data.flatten()
+        rank = flat.abs().argsort(stable=True).argsort()
+        magnitude = flat.abs().max() * (1 + rank) / flat.numel()
+        scores.data = torch.copysign(magnitude, flat).view_as(scores)
+    return model
+
+
+def build(net: Net, way: str) -> nn.Module:
+    """The network for channels_last images, ready to train.
+
+    Args:
+        way: one of ``WAYS``.
+    """
+    if way in RECIPES:
+        return masked(net, RECIPES[way])
+    if way == "published layer":
+        return published(masked(net, RECIPES["ours"]))
+    model = net.create().to(memory_format=torch.channels_last)
+    return unfused_(model) if way == "dense eager" else model
+
+
+def training_step(
+    model: nn.Module, labels: Tensor, backend: str, autocast: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
+    """A step of SGD on images: gradients to None, forward, cross entropy, backward, update. It
+    returns the loss and leaves its gradients.
+    """
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, RATE)
+
+    def run(x: Tensor) -> Tensor:
+        with mk.use_backend(backend):
+            optimizer.zero_grad()
+            with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+                loss = F.cross_entropy(model(channels_last(x)), labels[: len(x)])
+            loss.backward()
+            optimizer.step()
+        return loss.detach()
+
+    return run
+
+
+def masked_weights(net: Net) -> int:
+    """How many weights a mask covers."""
+    return sum(scores.numel() for scores in _scores(masked(net, RECIPES["ours"])))
+
+
+def _scores(model: nn.Module) -> list[nn.Parameter]:
+    layers = (mk.nn.MaskedLinear, mk.nn.MaskedConv2d)
+    return [module.scores for module in model.modules() if isinstance(module, layers)]

@@ -1,0 +1,1 @@
+"""The papers' tables, trained anew: ``python -m bench.tables pemn``."""

@@ -52,7 +52,7 @@ SCHEDULES: dict[str, dict[str, tuple[str, ...]]] = {
         "resnet-32": (*_SUBSET, "--epochs", "3", "--lr", "0.1"),
         "vit-6-256": (
             *_SUBSET,
-            *("--epochs", "3", "--lr", "0.005", "--schedule", "triangular"),
+            *("--epochs", "3", "--lr", "0.003", "--schedule", "triangular"),
             *("--model-args", "patch_size=8"),
         ),
     },

@@ -184,6 +184,50 @@ class Conv2d:
         )
 
 
+@dataclass(frozen=True)
+class GeluBatchNorm:
+    """BatchNorm of GELU in training, forward and backward, channels_last, with float32 weights."""
+
+    batch: int
+    channels: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"gelu_batch_norm on {self.batch}x{self.channels}x{self.size}x{self.size}"
+
+    def build(self, device: str, backend: str) -> Problem:
+        size = (self.batch, self.channels, self.size, self.size)
+        last = torch.channels_last
+        drawn = [torch.randn(2, *size, device=device).to(DTYPE) for _ in range(COPIES)]
+        x, grad = ([pair[i].contiguous(memory_format=last) for pair in drawn] for i in range(2))
+        weight, bias = torch.randn(2, self.channels, device=device)
+
+        def grad_x(norm: Callable[..., Tensor], x: Tensor, grad: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            y = norm(x, weight.to(x.dtype) if x.dtype == torch.float64 else weight)
+            return torch.autograd.grad(y, x, grad)[0]
+
+        def ours(x: Tensor, weight: Tensor) -> Tensor:
+            return mk.gelu_batch_norm(x, None, None, weight, bias, True, backend=backend)
+
+        def plain(x: Tensor, weight: Tensor) -> Tensor:
+            return F.batch_norm(F.gelu(x), None, None, weight, bias.to(weight.dtype), True)
+
+        truth, expected = (
+            grad_x(plain, x[0].double(), grad[0].double()),
+            grad_x(plain, x[0], grad[0]),
+        )
+        return Problem(
+            {
+                "ours": lambda i: grad_x(ours, x[i], grad[i]),
+                "F.batch_norm(F.gelu(x))": lambda i: grad_x(plain, x[i], grad[i]),
+            },
+            lambda got: error_ratio(got, expected, truth),
+            baseline="F.batch_norm(F.gelu(x))",
+        )
+
+
 def selection_error(mask: Tensor, scores: Tensor, keep: int) -> float:
     """0 if ``mask`` keeps the ``keep`` largest by magnitude, ties either way; else infinity."""
     if mask.dtype == torch.int32:
@@ -203,7 +247,7 @@ def error_ratio(got: Tensor, plain: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).norm()) / floor
 
 
-Case = Linear | GradScores | SelectTopK | Conv2d
+Case = Linear | GradScores | SelectTopK | Conv2d | GeluBatchNorm
 
 CASES: tuple[Case, ...] = (
     *(Linear(16384, 16384, tokens, "aligned") for tokens in (1, 16, 64, 1024)),
@@ -216,6 +260,7 @@ CASES: tuple[Case, ...] = (
     Conv2d(128, 256, 32, 7, groups=256),
     Conv2d(64, 256, 16, 3),
     Conv2d(512, 256, 16, 1),
+    GeluBatchNorm(512, 256, 16),
 )
 
 TOY: tuple[Case, ...] = (
@@ -225,5 +270,6 @@ TOY: tuple[Case, ...] = (
     GradScores(9, 12, 5),
     SelectTopK(1000),
     Conv2d(2, 4, 5, 3, groups=4),
+    GeluBatchNorm(2, 4, 5),
 )
 """Small enough for the tests."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import masked_kernels as mk
 
-from .providers import published
+from .providers import published, unfused_
 
 NAMES = ("ours", "dense", "published")
 
@@ -21,6 +21,8 @@ def build(
     model: nn.Module = mk.models.create_model("convmixer", dim=dim, depth=depth)
     if name != "dense":
         mk.mask_model_(model, mk.recipes.random_padding(1e-2))
+    if name == "dense":
+        model = unfused_(model)
     if name == "published":
         model = published(model)
     model.to(device, memory_format=torch.channels_last)

@@ -30,6 +30,8 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
     filter_words, filter_scores = torch.zeros(64, 1, dtype=torch.int32), torch.randn(64, 1, 5, 5)
     full, depthwise = ([1, 1], [1, 1], [1, 1], 1), ([1, 1], [2, 2], [1, 1], 64)
     size = list(image.shape)
+    stats, vector, grads = torch.rand(2, 64), torch.rand(64), torch.randn(2, 64)
+    planar = image.float().contiguous()
     return {
         "pack": [(torch.zeros(256, 256, dtype=torch.bool),)],
         "unpack": [(words, 256)],
@@ -64,6 +66,16 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
         "scored_conv2d_grad_scores": [
             (image, image, prototype, kernel_scores, scale, True, *full),
             (image, image, prototype, filter_scores, None, True, *depthwise),
+        ],
+        "gelu_stats": [(image,), (planar,)],
+        "gelu_batch_norm": [
+            (image, stats, vector, vector, image, 1e-5),
+            (planar, stats, None, None, None, 1e-5),
+        ],
+        "gelu_batch_norm_grad_affine": [(image, image, stats, 1e-5)],
+        "gelu_batch_norm_grad_x": [
+            (image, image, stats, vector, grads, 1e-5),
+            (planar, planar, stats, None, None, 1e-5),
         ],
     }
 

@@ -71,6 +71,26 @@ def test_sums_in_parts(dtype: torch.dtype, backend: str, monkeypatch) -> None:
     compare_conv2d(Conv(channels=3, outputs=6, groups=3, padding=1), dtype, backend)
 
 
+@triton_only
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_statistics_in_parts(memory_format, backend: str, monkeypatch) -> None:
+    """Of values far from zero, whose mean moves from part to part; the last part is empty."""
+    monkeypatch.setattr(config, "parts", lambda *_, **__: 5)
+    monkeypatch.setattr(config, "image_tile", lambda *_: config.DepthwiseTile(pixels=16, rows=16))
+    x = 1000 + torch.randn(2, 17, 7, 10)
+    x[1] += 5
+    x = x.contiguous(memory_format=memory_format)
+    plain, truth = (_ops.gelu_stats(t, "reference") for t in (x, x.double()))
+    assert_within("stats", _ops.gelu_stats(x, backend), plain, truth)
+    grad, stats = torch.randn_like(x), plain
+    got = _ops.gelu_batch_norm_grad_affine(grad, x, stats, 1e-5, backend)
+    plain, truth = (
+        _ops.gelu_batch_norm_grad_affine(*tensors, 1e-5, "reference")
+        for tensors in ((grad, x, stats), (grad.double(), x.double(), stats.double()))
+    )
+    assert_within("grads", got, plain, truth)
+
+
 def compare_linear(case: Linear, dtype: torch.dtype, backend: str) -> None:
     def run(backend: str, x, weight, scores, grad_y):
         x, scores = x.clone().requires_grad_(), scores.clone().requires_grad_()

@@ -36,6 +36,10 @@ _HOME = {
     "masked_conv2d_grad_x": "conv2d",
     "masked_conv2d_grad_weight": "conv2d_grad",
     "scored_conv2d_grad_scores": "conv2d_grad",
+    "gelu_stats": "norm",
+    "gelu_batch_norm": "norm",
+    "gelu_batch_norm_grad_affine": "norm",
+    "gelu_batch_norm_grad_x": "norm",
 }
 """The file of each op."""
 

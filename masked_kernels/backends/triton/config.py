@@ -133,3 +133,10 @@ def depthwise_tile(pixels: int, rows: int) -> DepthwiseTile:
 
 def depthwise_grad_tile(rows: int) -> DepthwiseTile:
     return DepthwiseTile(pixels=64, rows=32)
+
+
+def image_tile(channels_last: bool) -> DepthwiseTile:
+    """Pixels and channels of the passes that go over an image without a weight."""
+    return (
+        DepthwiseTile(pixels=32, rows=64) if channels_last else DepthwiseTile(pixels=1024, rows=1)
+    )

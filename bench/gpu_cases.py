@@ -142,6 +142,29 @@ class SelectTopK:
 
 
 @dataclass(frozen=True)
+class SelectTopKMany:
+    """All layers of a model at once, the larger half of each; the last one's mask is the result."""
+
+    layers: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"select_topk_many n={sum(self.layers):,} layers={len(self.layers)}"
+
+    def build(self, device: str, backend: str) -> Problem:
+        scores = [[torch.randn(1, n, device=device) for n in self.layers] for _ in range(COPIES)]
+        rule, keep = mk.TopK(0.5), [n - n // 2 for n in self.layers]
+        return Problem(
+            {
+                "ours": lambda i: rule.select_many(scores[i], backend)[-1],
+                "torch.topk": lambda i: [*map(topk_and_scatter, scores[i], keep)][-1],
+            },
+            lambda mask: selection_error(mask, scores[0][-1], keep[-1]),
+            baseline="torch.topk",
+        )
+
+
+@dataclass(frozen=True)
 class Conv2d:
     """A masked convolution that keeps the size, channels_last, with a prototype."""
 
@@ -247,7 +270,7 @@ def error_ratio(got: Tensor, plain: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).norm()) / floor
 
 
-Case = Linear | GradScores | SelectTopK | Conv2d | GeluBatchNorm
+Case = Linear | GradScores | SelectTopK | SelectTopKMany | Conv2d | GeluBatchNorm
 
 CASES: tuple[Case, ...] = (
     *(Linear(16384, 16384, tokens, "aligned") for tokens in (1, 16, 64, 1024)),
@@ -256,6 +279,7 @@ CASES: tuple[Case, ...] = (
     *(Linear(8192, 8192, tokens, "dense") for tokens in (1, 64)),
     GradScores(4096, 4096, 8192),
     SelectTopK(10_000_000),
+    SelectTopKMany((256 * 25, 256 * 256) * 8),
     Conv2d(128, 256, 32, 5, groups=256),
     Conv2d(128, 256, 32, 7, groups=256),
     Conv2d(64, 256, 16, 3),
@@ -269,6 +293,7 @@ TOY: tuple[Case, ...] = (
     Linear(33, 64, 3, "dense"),
     GradScores(9, 12, 5),
     SelectTopK(1000),
+    SelectTopKMany((9, 1000)),
     Conv2d(2, 4, 5, 3, groups=4),
     GeluBatchNorm(2, 4, 5),
 )

@@ -38,6 +38,7 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
         "popcount": [(words,)],
         "transpose": [(words, 256)],
         "select_topk": [(scores, 100, True)],
+        "select_topk_many": [([scores.half(), scores[:5].half()], [100, 0], False)],
         "select_threshold": [(scores, 0.5)],
         "select_nm": [(scores, 2, 4, True)],
         "decode": [(prototype, words, 256)],

@@ -22,7 +22,7 @@ _HOME = {
     "transpose": "bits",
     "decode": "bits",
     "select_topk": "topk",
-    "select_topk_many": "composed",
+    "select_topk_many": "topk",
     "select_threshold": "select",
     "select_nm": "select",
     "masked_linear": "linear",

@@ -16,6 +16,9 @@ _TL_DTYPES = {
     torch.float16: tl.float16,
 }
 
+WORDS = 512 if interpreted() else 64
+"""Words that a program packs. The interpreter takes its time by the program, not by the word."""
+
 
 def is_wide(values: Tensor) -> bool:
     """Whether an index of the values may need more than 32 bits."""
@@ -35,6 +38,11 @@ def takes_weights_from_registers(t: Tensor) -> bool:
         return True
     target = triton.runtime.driver.active.get_current_target()
     return target.backend != "cuda" or target.arch < 100
+
+
+def tl_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of it."""
+    return _TL_DTYPES[dtype]
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._layout import words_per_row
 from ._helpers import (
+    WORDS,
     load_bits,
     load_weight,
     on_device,
@@ -18,7 +19,6 @@ from ._helpers import (
     word_elements,
 )
 
-_WORDS = 64  # per program of pack
 _ROWS, _COLS = 16, 128  # per program of unpack and decode
 
 
@@ -27,8 +27,8 @@ def pack(mask: Tensor) -> Tensor:
     words = mask.new_empty((rows, words_per_row(cols)), dtype=torch.int32)
     if words.numel():
         with on_device(mask):
-            _pack_kernel[(triton.cdiv(words.numel(), _WORDS),)](
-                mask.view(torch.uint8), words, rows, cols, words.shape[1], *mask.stride(), _WORDS
+            _pack_kernel[(triton.cdiv(words.numel(), WORDS),)](
+                mask.view(torch.uint8), words, rows, cols, words.shape[1], *mask.stride(), WORDS
             )
     return words
 

@@ -8,14 +8,6 @@ from torch import Tensor
 from .. import _fused
 from .bits import unpack
 from .conv2d import masked_conv2d
-from .topk import select_topk
-
-
-def select_topk_many(scores: list[Tensor], drops: list[int], absolute: bool) -> list[Tensor]:
-    return [
-        select_topk(s, drop, absolute, f"scores[{i}]")
-        for i, (s, drop) in enumerate(zip(scores, drops, strict=True))
-    ]
 
 
 def compact_linear(

@@ -42,6 +42,13 @@ def parts(tiles: int, steps: int, programs: int, least: int = 4) -> int:
     return max(1, min(programs // max(tiles, 1), steps // least))
 
 
+def parts_of_layer(numel: int, total: int, chunk: int, programs: int) -> int:
+    """How many programs count the scores of one layer of a model that has ``total`` of them: its
+    share, one at least, and not more than it has chunks.
+    """
+    return max(1, min(-(-numel // chunk), programs * numel // total))
+
+
 def linear_plan(
     tokens: int, rows: int, cols: int, period: int, dtype: torch.dtype
 ) -> Literal["planes", "tiles", "library"]:

@@ -64,7 +64,9 @@ def compiled(call: Callable[[], object], target: str) -> list[CompiledKernel]:
 
 @dataclass(frozen=True)
 class Code:
-    """What a kernel became: opcodes of its longest loop with a matrix product, and resources."""
+    """What a kernel became: opcodes of its longest loop, if there are such of the longest with a
+    matrix product, and resources.
+    """
 
     loop: list[str]
     registers: int
@@ -86,7 +88,7 @@ def code(kernel: CompiledKernel) -> Code:
             loops.append([_opcode(t) for address, t in instructions if start <= address <= end])
     with_product = [loop for loop in loops if any("MMA" in opcode for opcode in loop)]
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return Code(max(with_product, key=len, default=[]), int(registers), int(stack))
+    return Code(max(with_product or loops, key=len, default=[]), int(registers), int(stack))
 
 
 def _opcode(text: str) -> str:

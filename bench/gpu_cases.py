@@ -80,6 +80,38 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Compact:
+    """``x [tokens, cols]`` times the half of a dense weight that a mask keeps."""
+
+    rows: int
+    cols: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"compact_linear {self.rows}x{self.cols} tokens={self.tokens}"
+
+    def build(self, device: str, backend: str) -> Problem:
+        masks = [torch.rand(self.rows, self.cols, device=device) < 0.5 for _ in range(COPIES)]
+        drawn = [torch.randn(self.rows, self.cols, device=device).to(DTYPE) for _ in range(COPIES)]
+        masked = [torch.where(m, w, 0) for m, w in zip(masks, drawn, strict=True)]
+        kept = [w[m] for m, w in zip(masks, drawn, strict=True)]
+        packed = [mk.PackedMask.from_bool(m) for m in masks]
+        x = [torch.randn(self.tokens, self.cols, device=device).to(DTYPE) for _ in range(COPIES)]
+        truth, plain = F.linear(x[0].double(), masked[0].double()), F.linear(x[0], masked[0])
+        return Problem(
+            {
+                "ours": lambda i: mk.functional.compact_linear(
+                    x[i], kept[i], packed[i], backend=backend
+                ),
+                "F.linear": lambda i: F.linear(x[i], masked[i]),
+            },
+            lambda y: error_ratio(y, plain, truth),
+            baseline="F.linear",
+        )
+
+
+@dataclass(frozen=True)
 class GradScores:
     """The score gradient of a linear layer with a prototype."""
 
@@ -208,6 +240,65 @@ class Conv2d:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """A masked convolution of packed inference, channels_last, with GELU, norm and residual."""
+
+    batch: int
+    channels: int
+    size: int
+    kernel: int
+    groups: int
+
+    @property
+    def name(self) -> str:
+        kind = "depthwise " if self.groups == self.channels else ""
+        image = f"{self.batch}x{self.channels}x{self.size}x{self.size}"
+        return f"masked_conv2d_fused {kind}{self.kernel}x{self.kernel} on {image}"
+
+    def build(self, device: str, backend: str) -> Problem:
+        shape = torch.Size((self.channels, self.channels // self.groups, self.kernel, self.kernel))
+        prototype = mk.Prototype(torch.randn(shape.numel() // 100 + 1, device=device).to(DTYPE))
+        bits = torch.rand(shape, device=device) < 0.5
+        words = mk.PackedMask.from_bool(bits).words
+        last = torch.channels_last
+        masked = torch.where(bits, prototype.fill(shape), 0).contiguous(memory_format=last)
+        affine = torch.randn(4, self.channels, device=device).to(DTYPE)
+        size = (self.batch, self.channels, self.size, self.size)
+        drawn = [torch.randn(size, device=device).to(DTYPE) for _ in range(COPIES)]
+        x = [image.contiguous(memory_format=last) for image in drawn]
+        padding = self.kernel // 2
+        geometry = ([self.kernel] * 2, [1, 1], [padding] * 2, [1, 1], self.groups)
+
+        def ours(i: int) -> Tensor:
+            result: Tensor = _ops.masked_conv2d_fused(
+                x[i], prototype.values, words, affine, "gelu", x[i], *geometry, backend
+            )
+            return result
+
+        def plain(x: Tensor) -> Tensor:
+            rows = affine.to(x.dtype).view(4, -1, 1, 1)
+            y = F.conv2d(x, masked.to(x.dtype), padding=padding, groups=self.groups)
+            return F.gelu(y * rows[0] + rows[1]) * rows[2] + rows[3] + x
+
+        truth, expected = plain(x[0].double()), plain(x[0])
+        return Problem(
+            {
+                "ours": ours,
+                "F.conv2d, GELU, norm, residual": lambda i: plain(x[i]),
+                "the same by torch.compile": _compiled(plain, x),
+            },
+            lambda y: error_ratio(y, expected, truth),
+            baseline="F.conv2d, GELU, norm, residual",
+        )
+
+
+def _compiled(plain: Callable[[Tensor], Tensor], x: list[Tensor]) -> Callable[[int], Tensor]:
+    """On a GPU; elsewhere the compiler would only cost time."""
+    run = torch.compile(plain) if x[0].is_cuda else plain
+    return lambda i: run(x[i])
+
+
+@dataclass(frozen=True)
 class GeluBatchNorm:
     """BatchNorm of GELU in training, forward and backward, channels_last, with float32 weights."""
 
@@ -270,13 +361,14 @@ def error_ratio(got: Tensor, plain: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).norm()) / floor
 
 
-Case = Linear | GradScores | SelectTopK | SelectTopKMany | Conv2d | GeluBatchNorm
+Case = Linear | Compact | GradScores | SelectTopK | SelectTopKMany | Conv2d | Fused | GeluBatchNorm
 
 CASES: tuple[Case, ...] = (
     *(Linear(16384, 16384, tokens, "aligned") for tokens in (1, 16, 64, 1024)),
     *(Linear(4096, 4096, tokens, "aligned") for tokens in (1, 16, 4096)),
     *(Linear(16384, 16384, tokens, "any period") for tokens in (1, 16)),
     *(Linear(8192, 8192, tokens, "dense") for tokens in (1, 64)),
+    Compact(8192, 8192, 1),
     GradScores(4096, 4096, 8192),
     SelectTopK(10_000_000),
     SelectTopKMany((256 * 25, 256 * 256) * 8),
@@ -284,6 +376,8 @@ CASES: tuple[Case, ...] = (
     Conv2d(128, 256, 32, 7, groups=256),
     Conv2d(64, 256, 16, 3),
     Conv2d(512, 256, 16, 1),
+    Fused(128, 256, 32, 5, groups=256),
+    Fused(128, 256, 32, 1, groups=1),
     GeluBatchNorm(512, 256, 16),
 )
 
@@ -295,6 +389,9 @@ TOY: tuple[Case, ...] = (
     SelectTopK(1000),
     SelectTopKMany((9, 1000)),
     Conv2d(2, 4, 5, 3, groups=4),
+    Compact(9, 33, 3),
+    Fused(2, 4, 5, 3, groups=4),
+    Fused(2, 4, 5, 1, groups=1),
     GeluBatchNorm(2, 4, 5),
 )
 """Small enough for the tests."""

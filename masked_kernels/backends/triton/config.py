@@ -50,19 +50,36 @@ def parts_of_layer(numel: int, total: int, chunk: int, programs: int) -> int:
 
 
 def linear_plan(
-    tokens: int, rows: int, cols: int, period: int, dtype: torch.dtype
+    tokens: int, rows: int, cols: int, period: int, dtype: torch.dtype, fused: bool = False
 ) -> Literal["planes", "tiles", "library"]:
     """How to multiply ``tokens`` inputs with a weight ``[rows, cols]``.
 
     *Planes* (``linear_small.py``) takes three launches where *tiles* takes one, so the weight must
     be large enough that instructions count. *Library* writes the decoded weight once and hands it
-    to torch: with many tokens the decoding is lost in the product. The bounds are estimates from
-    bytes and instructions, not measurements.
+    to torch: with many tokens the decoding is lost in the product. What is *fused* to the product
+    then takes one more pass over the result. The bounds are estimates from bytes and instructions,
+    not measurements.
     """
     aligned = period > 0 and cols % period == 0
     if aligned and tokens * slices(dtype) <= 64 and cols >= 1024 and rows * cols >= 1 << 20:
         return "planes"
-    return "library" if tokens >= many_tokens(dtype) else "tiles"
+    return (
+        "library"
+        if tokens >= many_tokens(dtype) and not _fusing_pays(fused, cols, dtype)
+        else "tiles"
+    )
+
+
+def _fusing_pays(fused: bool, cols: int, dtype: torch.dtype) -> bool:
+    """Whether a pass over the result that is saved outweighs decoding the weight for every tile."""
+    return fused and cols <= 512 and dtype != torch.float32
+
+
+def value_copies(period: int, count: int, cols: int, vector: int) -> int:
+    """How many copies of values that repeat, each shifted by one, so that a row can be loaded by as
+    many values at a time; as long as the copies are small beside the ``count`` weights.
+    """
+    return next(n for n in (vector, 2, 1) if n == 1 or 4 * n * (period + cols) <= count)
 
 
 def many_tokens(dtype: torch.dtype) -> int:
@@ -72,12 +89,15 @@ def many_tokens(dtype: torch.dtype) -> int:
     return 64 if dtype == torch.float32 else 256
 
 
-def conv_plan(pixels: int, dtype: torch.dtype) -> Literal["gather", "library"]:
+def conv_plan(
+    pixels: int, cols: int, dtype: torch.dtype, fused: bool = False
+) -> Literal["gather", "library"]:
     """How to convolve into ``pixels`` pixels: gather tiles of the image, or decode and call torch.
 
     A weight is small beside the images that it is meant for, so that decoding it costs little.
     """
-    return "library" if pixels >= 4 * many_tokens(dtype) else "gather"
+    many = pixels >= 4 * many_tokens(dtype)
+    return "library" if many and not _fusing_pays(fused, cols, dtype) else "gather"
 
 
 def slices(dtype: torch.dtype) -> int:
@@ -124,6 +144,27 @@ def grad_tile(rows: int, dtype: torch.dtype) -> GradTile:
     if dtype == torch.float32 or rows <= 64:
         return GradTile(rows=64, depth=32)
     return GradTile(rows=128, depth=64, warps=8)
+
+
+@dataclass(frozen=True)
+class StripsTile:
+    """Rows of the weight, strips, and output pixels of a strip of one program."""
+
+    rows: int
+    strips: int
+    strip: int
+
+
+def strips_tile(rows: int, width: int, channels_last: bool) -> StripsTile:
+    """For images ``width`` wide. Side by side lie channels or pixels; the strips of a program are
+    loaded at once, the pixels of a strip one after the other.
+    """
+    if not channels_last:
+        return StripsTile(rows=16, strips=128, strip=1)
+    strip = 4 if width >= 4 else 1
+    if rows >= 64:
+        return StripsTile(rows=64, strips=16, strip=strip)
+    return StripsTile(rows=16, strips=64, strip=strip)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def _fill(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry: Geometry) -> 
     if geometry.group_channels == 1:
         fill_depthwise_grad(target, grad_y, x, geometry)
         return
-    if config.conv_plan(geometry.out_pixels, x.dtype) == "library":
+    if config.conv_plan(geometry.out_pixels, geometry.cols, x.dtype) == "library":
         size = (target.rows, geometry.group_channels, *geometry.kernel)
         weight = x.new_empty(size)  # only its size and layout matter
         grad = convolution_grads(grad_y, x, weight, geometry, (False, True))[1]

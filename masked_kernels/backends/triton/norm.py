@@ -14,7 +14,7 @@ from torch import Tensor
 from .._layout import at_least_float32
 from . import config
 from ._conv import new_image
-from ._helpers import on_device, programs
+from ._helpers import gelu, normal_cdf, on_device, programs
 
 _CHANNELS = 16  # per program of the passes over parts
 
@@ -113,17 +113,6 @@ def _sum(
 
 
 @triton.jit
-def gelu(x):
-    return x * cdf(x)
-
-
-@triton.jit
-def cdf(x):
-    """Of the standard normal distribution."""
-    return 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)
-
-
-@triton.jit
 def _at(strides, pixel, channel, pixels_of_image):
     """Offsets [pixel, channel] in an image."""
     image = (pixel // pixels_of_image).to(tl.int64) * strides[0]
@@ -216,7 +205,7 @@ def _grad_x_kernel(
     inverse = _inverse_deviation(stats, channel, channel_ok, channels, eps)
     value = _load(x, strides_x, pixel, channel, pixels_of_image, ok)
     grad = _load(grad_y, strides_grad_y, pixel, channel, pixels_of_image, ok)
-    below = cdf(value)
+    below = normal_cdf(value)
     if grad_affine is not None:  # mean and variance move with x
         mean = _load_vector(stats, channel, channel_ok)
         slope = inverse * _load_vector(grad_affine, channel, channel_ok) / pixels

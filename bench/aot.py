@@ -26,6 +26,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Memory that a program can have; that of sm_89, which runs what is made for sm_80, is the least."""
+
 
 class _AbsentDevice:
     """As much of a Triton driver as compiling asks for."""

@@ -107,6 +107,7 @@ def test_compiles(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert kernels
         for kernel in kernels:
             assert kernel.metadata.target == aot.TARGETS[target]
+            assert kernel.metadata.shared <= aot.SHARED_BYTES[target]
             assert len(kernel.asm["hsaco" if target == "gfx942" else "cubin"]) > 0
 
 

@@ -25,16 +25,6 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
-def takes_weights_from_registers(t: Tensor) -> bool:
-    """Whether large products of the device read their left operand from registers: all before
-    Blackwell, whose own instruction wants memory, while its older one does not.
-    """
-    if interpreted():
-        return True
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend != "cuda" or target.arch < 100
-
-
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of it."""
     return _TL_DTYPES[dtype]

@@ -14,6 +14,7 @@ from . import config, interpreted
 from ._helpers import dot_dtype, dot_precision, on_device, population, programs, store_tile
 from .bits import popcount, popcount_of_parts
 from .output import Output, finished
+from .settings import settings_of
 
 _ROWS, _WORDS = 16, 64  # per program of the pass that writes the weight out
 _STEP = tl.constexpr(128)  # columns of one step of it
@@ -35,10 +36,10 @@ def multiplied(
     if y.numel() == 0:
         return y
     output = Output(bias, scale)
-    if config.linear_plan(tokens, rows, cols, rows * cols, x.dtype) == "library":
+    if config.linear_plan(tokens, rows, cols, 0, x.dtype, False, settings_of(x)) == "library":
         weight = _expanded(kept, words, cols)
         return F.linear(x, weight if scale is None else weight.mul_(scale), bias)
-    tile = config.linear_tile(tokens, rows, x.dtype)
+    tile = config.linear_tile(tokens, rows, x.dtype, settings_of(x))
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens)
     steps = triton.cdiv(cols, tile.depth)
     parts = config.parts(tiles, steps, programs(x))

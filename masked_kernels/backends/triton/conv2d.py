@@ -38,6 +38,7 @@ from .linear import multiplied
 from .linear_grad import masked_linear_grad_x
 from .output import Output, finished
 from .row_weight import load_weight_of_rows, row_offsets, row_weight
+from .settings import settings_of
 
 
 def masked_conv2d(
@@ -96,7 +97,10 @@ def _convolved(
     fused = output.affine is not None
     if geometry.group_channels == 1:
         depthwise_conv2d(y, x, values, words, output, geometry)
-    elif config.conv_plan(geometry.out_pixels, geometry.cols, x.dtype, fused) == "library":
+    elif (
+        config.conv_plan(geometry.out_pixels, geometry.cols, x.dtype, fused, settings_of(x))
+        == "library"
+    ):
         size = (rows, geometry.group_channels, *geometry.kernel)
         weight = decoded(values, words, geometry.cols, output.scale).view(size)
         y = F.conv2d(
@@ -128,7 +132,7 @@ def _convolve_tiles(
     y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: Output, geometry: Geometry
 ) -> None:
     group_rows = words.shape[0] // geometry.groups
-    tile = config.linear_tile(geometry.out_pixels, group_rows, x.dtype)
+    tile = config.linear_tile(geometry.out_pixels, group_rows, x.dtype, settings_of(x))
     tiles = triton.cdiv(group_rows, tile.rows) * triton.cdiv(geometry.out_pixels, tile.tokens)
     weight = row_weight(values, words, geometry.cols)
     with on_device(x):
@@ -179,7 +183,8 @@ def masked_conv2d_grad_x(
     if geometry.group_channels == 1:
         depthwise_conv2d_grad_x(grad_x, grad_y, values, words, scale, geometry)
         return grad_x
-    if config.conv_plan(geometry.in_pixels, geometry.cols, grad_y.dtype) == "library":
+    settings, dtype = settings_of(grad_y), grad_y.dtype
+    if config.conv_plan(geometry.in_pixels, geometry.cols, dtype, False, settings) == "library":
         weight = decoded(values, words, geometry.cols, scale).view(
             words.shape[0], geometry.group_channels, *kernel_size
         )
@@ -188,7 +193,7 @@ def masked_conv2d_grad_x(
             memory_format=conv_memory_format(grad_y)
         )
     group_rows = words.shape[0] // groups
-    tile = config.linear_tile(geometry.in_pixels, geometry.group_channels, grad_y.dtype)
+    tile = config.linear_tile(geometry.in_pixels, geometry.group_channels, dtype, settings)
     reach = tile.rows * kernel_size[0] * kernel_size[1]
     tiles = triton.cdiv(geometry.group_channels, tile.rows) * triton.cdiv(
         geometry.in_pixels, tile.tokens

@@ -19,6 +19,7 @@ from ._conv import (
 from ._helpers import dot_dtype, dot_precision, on_device, programs
 from .depthwise import fill_depthwise_grad
 from .epilogue import WeightGrad, masked_grad, scored_grad, store_grad
+from .settings import settings_of
 
 
 def masked_conv2d_grad_weight(
@@ -65,7 +66,8 @@ def _fill(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry: Geometry) -> 
     if geometry.group_channels == 1:
         fill_depthwise_grad(target, grad_y, x, geometry)
         return
-    if config.conv_plan(geometry.out_pixels, geometry.cols, x.dtype) == "library":
+    settings = settings_of(x)
+    if config.conv_plan(geometry.out_pixels, geometry.cols, x.dtype, False, settings) == "library":
         size = (target.rows, geometry.group_channels, *geometry.kernel)
         weight = x.new_empty(size)  # only its size and layout matter
         grad = convolution_grads(grad_y, x, weight, geometry, (False, True))[1]

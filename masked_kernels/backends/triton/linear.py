@@ -12,6 +12,7 @@ from .bits import decoded
 from .linear_small import aligned_linear
 from .output import Output, add_residual_of_tokens, finished
 from .row_weight import load_weight_of_rows, row_offsets, row_weight
+from .settings import settings_of
 
 
 def masked_linear(
@@ -28,7 +29,7 @@ def multiplied(x: Tensor, values: Tensor, words: Tensor, output: Output) -> Tens
     if y.numel() == 0:
         return y
     fused = output.affine is not None
-    plan = config.linear_plan(tokens, rows, cols, values.numel(), x.dtype, fused)
+    plan = config.linear_plan(tokens, rows, cols, values.numel(), x.dtype, fused, settings_of(x))
     if plan == "planes":
         aligned_linear(y, x, values, words, output)
     elif plan == "library":
@@ -43,7 +44,7 @@ def multiplied(x: Tensor, values: Tensor, words: Tensor, output: Output) -> Tens
 
 def _multiply_tiles(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: Output) -> None:
     (tokens, cols), rows = x.shape, words.shape[0]
-    tile = config.linear_tile(tokens, rows, x.dtype)
+    tile = config.linear_tile(tokens, rows, x.dtype, settings_of(x))
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens)
     steps = triton.cdiv(cols, tile.depth)
     parts = config.parts(tiles, steps, programs(x))

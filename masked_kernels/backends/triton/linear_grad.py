@@ -20,6 +20,7 @@ from ._helpers import (
 )
 from .bits import decoded
 from .epilogue import WeightGrad, masked_grad, scored_grad, store_grad
+from .settings import settings_of
 
 
 def masked_linear_grad_x(
@@ -29,9 +30,9 @@ def masked_linear_grad_x(
     grad_x = grad_y.new_empty((tokens, cols))
     if grad_x.numel() == 0:
         return grad_x
-    if tokens >= config.many_tokens(grad_y.dtype):
+    if tokens >= config.many_tokens(grad_y.dtype, settings_of(grad_y)):
         return grad_y @ decoded(values, words, cols, scale)
-    tile = config.linear_tile(tokens, cols, grad_y.dtype)
+    tile = config.linear_tile(tokens, cols, grad_y.dtype, settings_of(grad_y))
     grid = (triton.cdiv(cols, tile.rows) * triton.cdiv(tokens, tile.tokens),)
     with on_device(grad_y):
         _masked_linear_grad_x_kernel[grid](

@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config, interpreted
-from ._helpers import dot_dtype, on_device, programs, takes_weights_from_registers
+from ._helpers import dot_dtype, on_device, programs
 from .output import Output, add_residual_of_tokens, finished
+from .settings import architecture
 
 _ROWS, _COLS = 64, 1024  # per program of the first and the last pass
 
@@ -29,7 +30,7 @@ def aligned_linear(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: 
     tokens, cols = x.shape
     rows, halves = words.shape[0], 2 * words.shape[1]
     slices = config.slices(x.dtype)
-    tile = config.planes_tile(tokens * slices, takes_weights_from_registers(x))
+    tile = config.planes_tile(tokens * slices, _takes_weights_from_registers(x))
     steps = triton.cdiv(halves, tile.depth)
     blocks = triton.cdiv(rows, tile.rows)
     parts = config.parts(blocks, steps, programs(x), least=1)
@@ -75,6 +76,16 @@ def aligned_linear(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: 
             *(partial, magnitude, output.arguments(), y, rows, parts, y.stride()),
             *(output.activation, slices, tile.slots, _ROWS),
         )
+
+
+def _takes_weights_from_registers(x: Tensor) -> bool:
+    """Whether large products of the device read their left operand from registers: all before
+    Blackwell, whose own instruction wants memory, while its older one does not.
+    """
+    if interpreted():
+        return True
+    name = architecture(x)
+    return not name.startswith("sm_") or int(name.removeprefix("sm_")) < 100
 
 
 @triton.jit

@@ -27,7 +27,7 @@ TARGETS = {
 }
 
 SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-"""Memory that a program can have; that of sm_89, which runs what is made for sm_80, is the least."""
+"""Memory that a program can have; sm_89 has the least and runs what is made for sm_80."""
 
 
 class _AbsentDevice:

@@ -141,6 +141,21 @@ def test_compact_linear(plan: str, dtype: torch.dtype, backend: str, monkeypatch
 
 
 @triton_only
+def test_indices_of_64_bits(backend: str, monkeypatch) -> None:
+    """As of values that are too many to be had here."""
+    assert config.is_wide(1 << 30) and not config.is_wide((1 << 30) - 1)
+    monkeypatch.setattr(config, "is_wide", lambda count: True)
+    compare_linear(Linear(5, 3, 33), torch.float32, backend)
+    compare_conv2d(Conv(padding=1), torch.float32, backend)
+    mask = make_mask("random", (3, 33))
+    words, x, kept = _ops.pack(mask, "reference"), torch.randn(2, 33), torch.randn(int(mask.sum()))
+    got, expected = (
+        _ops.compact_linear(x, kept, words, None, None, name) for name in (backend, "reference")
+    )
+    torch.testing.assert_close(got, expected)
+
+
+@triton_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("copies", [1, 2, 8])
 def test_copies_of_values(copies: int, dtype: torch.dtype, backend: str, monkeypatch) -> None:

@@ -1,5 +1,5 @@
-"""``python -m bench tune --backend triton``: the fit finds the settings that times were made of, and
-what it writes is read.
+"""``bench tune --backend triton``: the fit finds the settings that times were made of, and what it
+writes is read.
 """
 
 import dataclasses

@@ -2,13 +2,14 @@
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import interpreted
+from . import config, interpreted
 
 _TL_DTYPES = {
     torch.float32: tl.float32,
@@ -77,6 +78,22 @@ def _multiprocessors(device: torch.device) -> int:
 def programs(t: Tensor) -> int:
     """How many programs occupy the device of ``t``; four stand for a GPU in the interpreter."""
     return 2 * _multiprocessors(t.device) if t.is_cuda else 4
+
+
+class Split(NamedTuple):
+    """A sum in parts of equal length, the last ones shorter."""
+
+    parts: int
+    length: int
+
+
+def split(t: Tensor, tiles: int, total: int, step: int, least: int = 4) -> Split:
+    """How to cut sums of ``total`` terms, one for each of some tiles, for the device of ``t``: into
+    parts of whole steps, at least ``least``.
+    """
+    steps = triton.cdiv(total, step)
+    parts = config.parts(tiles, steps, programs(t), least)
+    return Split(parts, triton.cdiv(steps, parts) * step)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config, interpreted
-from ._helpers import dot_dtype, dot_precision, on_device, population, programs, store_tile
+from ._helpers import dot_dtype, dot_precision, on_device, population, split, store_tile
 from .bits import popcount, popcount_of_parts
 from .output import Output, finished
 from .settings import settings_of
@@ -41,19 +41,17 @@ def multiplied(
         return F.linear(x, weight if scale is None else weight.mul_(scale), bias)
     tile = config.linear_tile(tokens, rows, x.dtype, settings_of(x))
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens)
-    steps = triton.cdiv(cols, tile.depth)
-    parts = config.parts(tiles, steps, programs(x))
-    per_part = triton.cdiv(steps, parts) * tile.depth
+    parts, length = split(x, tiles, cols, tile.depth)
     sums = y if parts == 1 else y.new_empty((parts, tokens, rows), dtype=torch.float32)
     with on_device(x):
         _compact_linear_kernel[(tiles, parts)](
             x,
-            (kept, words, _starts(words, parts, per_part // 32), cols, words.shape[1]),
+            (kept, words, _starts(words, parts, length // 32), cols, words.shape[1]),
             output.arguments(),
             sums,
             tokens,
             rows,
-            per_part,
+            length,
             x.stride(),
             dot_dtype(x.dtype),
             dot_precision(),
@@ -82,7 +80,7 @@ def check_count(kept: Tensor, words: Tensor) -> None:
 
 def _options(kept: Tensor) -> tuple[bool, bool]:
     """Whether an index of the kept values may need 64 bits, whether to count in assembly."""
-    return kept.numel() >= 2**30, not interpreted() and torch.version.hip is None
+    return config.is_wide(kept.numel()), not interpreted() and torch.version.hip is None
 
 
 def _starts(words: Tensor, parts: int, words_per_part: int) -> Tensor:

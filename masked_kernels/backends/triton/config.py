@@ -139,6 +139,11 @@ def conv_plan(
     return "library" if many and not _fusing_pays(fused, cols, dtype, settings) else "gather"
 
 
+def is_wide(count: int) -> bool:
+    """Whether an index of that many values may need more than 32 bits; a row is added to it."""
+    return count >= 1 << 30
+
+
 def value_copies(period: int, count: int, cols: int, vector: int) -> int:
     """How many copies of values that repeat, each shifted by one, so that a row can be loaded by as
     many values at a time; as long as the copies are small beside the ``count`` weights.

@@ -31,7 +31,7 @@ from ._conv import (
     window,
     window_back,
 )
-from ._helpers import dot_dtype, dot_precision, on_device, row_starts, weight_arguments
+from ._helpers import dot_dtype, dot_precision, on_device, row_starts, split, weight_arguments
 from .bits import decoded
 from .depthwise import depthwise_conv2d, depthwise_conv2d_grad_x
 from .linear import multiplied
@@ -134,15 +134,21 @@ def _convolve_tiles(
     group_rows = words.shape[0] // geometry.groups
     tile = config.linear_tile(geometry.out_pixels, group_rows, x.dtype, settings_of(x))
     tiles = triton.cdiv(group_rows, tile.rows) * triton.cdiv(geometry.out_pixels, tile.tokens)
+    parts, length = split(x, tiles * geometry.groups, geometry.cols, tile.depth)
     weight = row_weight(values, words, geometry.cols)
+    sums = y
+    if parts > 1:
+        size = (parts, geometry.out_pixels, words.shape[0])
+        sums = y.new_empty(size, dtype=torch.float32)
     with on_device(x):
-        _masked_conv2d_kernel[(tiles, geometry.groups)](
+        _masked_conv2d_kernel[(tiles, geometry.groups, parts)](
             x,
             weight.arguments,
             output.arguments(),
-            y,
+            sums,
             geometry.arguments(),
             geometry.out_pixels,
+            length,
             group_rows,
             geometry.group_channels,
             x.stride(),
@@ -150,6 +156,7 @@ def _convolve_tiles(
             dot_dtype(x.dtype),
             dot_precision(),
             output.activation,
+            parts == 1,
             *geometry.kernel,
             tile.rows,
             tile.tokens,
@@ -159,6 +166,10 @@ def _convolve_tiles(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
+        if parts > 1:
+            image = new_image(y, y.shape, torch.channels_last)
+            _of_tokens(output).finish(as_tokens(image), sums)
+            y.copy_(image)
 
 
 def masked_conv2d_grad_x(
@@ -230,6 +241,7 @@ def _masked_conv2d_kernel(
     y,
     geometry,
     pixels,
+    cols_per_part,
     group_rows,
     group_channels,
     stride_x,
@@ -237,6 +249,7 @@ def _masked_conv2d_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    FINISH: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -248,7 +261,7 @@ def _masked_conv2d_kernel(
     WIDE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """One tile of y [rows of a group, output pixels]."""
+    """One tile of y [rows of a group, output pixels], or of its sums over a part of the columns."""
     cols = weight[2]
     group = tl.program_id(1)
     down = tl.cdiv(group_rows, ROWS)
@@ -261,8 +274,10 @@ def _masked_conv2d_kernel(
     base += top.to(tl.int64) * stride_x[2] + left.to(tl.int64) * stride_x[3]  # [PIXELS]
     lane = tl.arange(0, DEPTH)
     offsets = row_offsets(row, row_ok, weight, COPIES, VECTOR, WIDE)
+    begin = tl.program_id(2) * cols_per_part
+    end = tl.minimum(begin + cols_per_part, cols)
     acc = tl.zeros((ROWS, PIXELS), tl.float32)
-    for col in range(0, cols, DEPTH):
+    for col in range(begin, end, DEPTH):
         w = load_weight_of_rows(weight, row, row_ok, offsets, col, DEPTH, WHOLE, ASM)
         channel = (col + lane) // (KH * KW)
         r = (col + lane) // KW % KH * geometry[8]
@@ -276,10 +291,14 @@ def _masked_conv2d_kernel(
         tile = tl.load(base[:, None] + offset[None, :], mask=ok, other=0.0)
         acc = tl.dot(w.to(DOT), tl.trans(tile.to(DOT)), acc, input_precision=PRECISION)
     rows = group_rows * tl.num_programs(1)
-    sums = tl.trans(finished(acc, output, row, row_ok, rows, ACTIVATION, 0))
     ok = (pixel < pixels)[:, None] & row_ok[None, :]
-    sums = add_residual_of_image(sums, output, image, out_row, out_col, row, ok)
-    at = image_at(stride_y, image, out_row, out_col, row)
+    if FINISH:
+        sums = tl.trans(finished(acc, output, row, row_ok, rows, ACTIVATION, 0))
+        sums = add_residual_of_image(sums, output, image, out_row, out_col, row, ok)
+        at = image_at(stride_y, image, out_row, out_col, row)
+    else:
+        sums = tl.trans(acc)
+        at = (tl.program_id(2).to(tl.int64) * pixels + pixel)[:, None] * rows + row[None, :]
     tl.store(y + at, sums.to(y.dtype.element_ty), mask=ok)
 
 

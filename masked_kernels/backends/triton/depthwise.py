@@ -21,7 +21,7 @@ from ._conv import (
     window,
     window_back,
 )
-from ._helpers import load_weight, on_device, programs, row_starts, weight_arguments
+from ._helpers import load_weight, on_device, row_starts, split, weight_arguments
 from .epilogue import WeightGrad, store_grad
 from .output import Output, finished
 
@@ -107,8 +107,7 @@ def fill_depthwise_grad(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry:
     """Fill the gradient of the filters."""
     tile = config.depthwise_grad_tile(target.rows)
     blocks = triton.cdiv(target.rows, tile.rows)
-    steps = triton.cdiv(geometry.out_pixels, tile.pixels)
-    parts = config.parts(blocks, steps, programs(x))
+    parts, length = split(x, blocks, geometry.out_pixels, tile.pixels)
     destination = target.destination(parts)
     with on_device(x):
         _depthwise_conv2d_grad_weight_kernel[(blocks, parts)](
@@ -118,7 +117,7 @@ def fill_depthwise_grad(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry:
             target.arguments(),
             geometry.arguments(),
             geometry.out_pixels,
-            triton.cdiv(steps, parts) * tile.pixels,
+            length,
             target.rows // geometry.channels,
             grad_y.stride(),
             x.stride(),

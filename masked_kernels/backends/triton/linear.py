@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from ._helpers import dot_dtype, dot_precision, on_device, programs
+from ._helpers import dot_dtype, dot_precision, on_device, split
 from .bits import decoded
 from .linear_small import aligned_linear
 from .output import Output, add_residual_of_tokens, finished
@@ -46,8 +46,7 @@ def _multiply_tiles(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output:
     (tokens, cols), rows = x.shape, words.shape[0]
     tile = config.linear_tile(tokens, rows, x.dtype, settings_of(x))
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens)
-    steps = triton.cdiv(cols, tile.depth)
-    parts = config.parts(tiles, steps, programs(x))
+    parts, length = split(x, tiles, cols, tile.depth)
     sums = y if parts == 1 else y.new_empty((parts, tokens, rows), dtype=torch.float32)
     weight = row_weight(values, words, cols)
     with on_device(x):
@@ -58,7 +57,7 @@ def _multiply_tiles(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output:
             sums,
             tokens,
             rows,
-            triton.cdiv(steps, parts) * tile.depth,
+            length,
             x.stride(),
             dot_dtype(x.dtype),
             dot_precision(),

@@ -13,8 +13,8 @@ from ._helpers import (
     load_weight,
     on_device,
     program_tile,
-    programs,
     row_starts,
+    split,
     store_tile,
     weight_arguments,
 )
@@ -81,7 +81,7 @@ def fill_grad(target: WeightGrad, grad_y: Tensor, x: Tensor) -> None:
         return
     tile = config.grad_tile(target.rows, x.dtype)
     blocks = triton.cdiv(target.rows, tile.rows) * triton.cdiv(target.cols, config.GRAD_COLS)
-    parts = config.parts(blocks, triton.cdiv(tokens, tile.depth), programs(x))
+    parts, length = split(x, blocks, tokens, tile.depth)
     destination = target.destination(parts)
     with on_device(x):
         _masked_linear_grad_weight_kernel[(blocks, parts)](
@@ -90,7 +90,7 @@ def fill_grad(target: WeightGrad, grad_y: Tensor, x: Tensor) -> None:
             destination,
             target.arguments(),
             tokens,
-            triton.cdiv(tokens, parts * tile.depth) * tile.depth,
+            length,
             grad_y.stride(),
             x.stride(),
             dot_dtype(x.dtype),

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config, interpreted
-from ._helpers import dot_dtype, on_device, programs
+from ._helpers import dot_dtype, on_device, split
 from .output import Output, add_residual_of_tokens, finished
 from .settings import architecture
 
@@ -31,11 +31,11 @@ def aligned_linear(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: 
     rows, halves = words.shape[0], 2 * words.shape[1]
     slices = config.slices(x.dtype)
     tile = config.planes_tile(tokens * slices, _takes_weights_from_registers(x))
-    steps = triton.cdiv(halves, tile.depth)
     blocks = triton.cdiv(rows, tile.rows)
-    parts = config.parts(blocks, steps, programs(x), least=1)
+    parts, length = split(x, blocks, halves, tile.depth, least=1)
+    whole = triton.cdiv(halves, tile.depth) * tile.depth
     dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
-    planes = x.new_empty((16, steps * tile.depth, tile.slots), dtype=dtype)
+    planes = x.new_empty((16, whole, tile.slots), dtype=dtype)
     magnitude = x.new_empty(tile.slots, dtype=torch.float32)
     partial = x.new_empty((parts, tile.slots, rows), dtype=torch.float32)
     alias = dtype == torch.bfloat16
@@ -61,7 +61,7 @@ def aligned_linear(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: 
             partial,
             rows,
             halves,
-            triton.cdiv(steps, parts) * tile.depth,
+            length,
             planes.shape[1],
             dot_dtype(dtype),
             alias,

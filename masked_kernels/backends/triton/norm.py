@@ -14,7 +14,7 @@ from torch import Tensor
 from .._layout import at_least_float32
 from . import config
 from ._conv import new_image
-from ._helpers import gelu, normal_cdf, on_device, programs
+from ._helpers import gelu, normal_cdf, on_device, split
 
 _CHANNELS = 16  # per program of the passes over parts
 
@@ -98,9 +98,7 @@ def _sum(
     pixels = x.numel() // channels
     tile = config.image_tile(x.stride(1) == 1)
     blocks = triton.cdiv(channels, tile.rows)
-    steps = triton.cdiv(pixels, tile.pixels)
-    parts = config.parts(blocks, steps, programs(x))
-    per_part = triton.cdiv(steps, parts) * tile.pixels
+    parts, per_part = split(x, blocks, pixels, tile.pixels)
     partial = x.new_empty((2, parts, channels), dtype=torch.float32)
     with on_device(x):
         kernel[(blocks, parts)](

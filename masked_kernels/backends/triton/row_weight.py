@@ -40,10 +40,9 @@ def row_weight(values: Tensor, words: Tensor, cols: int) -> RowWeight:
     if wraps:
         size = triton.cdiv(period + cols, vector) * vector
         flat = _copied(flat, copies, size)
-    wide = flat.numel() >= 2**30  # a row is added to an index
     in_assembly = flat.element_size() == 2 and not interpreted() and torch.version.hip is None
     arguments = (flat, words.contiguous(), cols, words.shape[1], period, size)
-    return RowWeight(arguments, (copies, vector, wide, in_assembly))
+    return RowWeight(arguments, (copies, vector, config.is_wide(flat.numel()), in_assembly))
 
 
 def _copied(values: Tensor, copies: int, size: int) -> Tensor:

@@ -26,6 +26,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Memory that a program can have; sm_89 has the least and runs what is made for sm_80."""
+
 
 class _AbsentDevice:
     """As much of a Triton driver as compiling asks for."""
@@ -64,7 +67,9 @@ def compiled(call: Callable[[], object], target: str) -> list[CompiledKernel]:
 
 @dataclass(frozen=True)
 class Code:
-    """What a kernel became: opcodes of its longest loop with a matrix product, and resources."""
+    """What a kernel became: opcodes of its longest loop, if there are such of the longest with a
+    matrix product, and resources.
+    """
 
     loop: list[str]
     registers: int
@@ -86,7 +91,7 @@ def code(kernel: CompiledKernel) -> Code:
             loops.append([_opcode(t) for address, t in instructions if start <= address <= end])
     with_product = [loop for loop in loops if any("MMA" in opcode for opcode in loop)]
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return Code(max(with_product, key=len, default=[]), int(registers), int(stack))
+    return Code(max(with_product or loops, key=len, default=[]), int(registers), int(stack))
 
 
 def _opcode(text: str) -> str:

@@ -80,6 +80,38 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Compact:
+    """``x [tokens, cols]`` times the half of a dense weight that a mask keeps."""
+
+    rows: int
+    cols: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"compact_linear {self.rows}x{self.cols} tokens={self.tokens}"
+
+    def build(self, device: str, backend: str) -> Problem:
+        masks = [torch.rand(self.rows, self.cols, device=device) < 0.5 for _ in range(COPIES)]
+        drawn = [torch.randn(self.rows, self.cols, device=device).to(DTYPE) for _ in range(COPIES)]
+        masked = [torch.where(m, w, 0) for m, w in zip(masks, drawn, strict=True)]
+        kept = [w[m] for m, w in zip(masks, drawn, strict=True)]
+        packed = [mk.PackedMask.from_bool(m) for m in masks]
+        x = [torch.randn(self.tokens, self.cols, device=device).to(DTYPE) for _ in range(COPIES)]
+        truth, plain = F.linear(x[0].double(), masked[0].double()), F.linear(x[0], masked[0])
+        return Problem(
+            {
+                "ours": lambda i: mk.functional.compact_linear(
+                    x[i], kept[i], packed[i], backend=backend
+                ),
+                "F.linear": lambda i: F.linear(x[i], masked[i]),
+            },
+            lambda y: error_ratio(y, plain, truth),
+            baseline="F.linear",
+        )
+
+
+@dataclass(frozen=True)
 class GradScores:
     """The score gradient of a linear layer with a prototype."""
 
@@ -142,6 +174,29 @@ class SelectTopK:
 
 
 @dataclass(frozen=True)
+class SelectTopKMany:
+    """All layers of a model at once, the larger half of each; the last one's mask is the result."""
+
+    layers: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"select_topk_many n={sum(self.layers):,} layers={len(self.layers)}"
+
+    def build(self, device: str, backend: str) -> Problem:
+        scores = [[torch.randn(1, n, device=device) for n in self.layers] for _ in range(COPIES)]
+        rule, keep = mk.TopK(0.5), [n - n // 2 for n in self.layers]
+        return Problem(
+            {
+                "ours": lambda i: rule.select_many(scores[i], backend)[-1],
+                "torch.topk": lambda i: [*map(topk_and_scatter, scores[i], keep)][-1],
+            },
+            lambda mask: selection_error(mask, scores[0][-1], keep[-1]),
+            baseline="torch.topk",
+        )
+
+
+@dataclass(frozen=True)
 class Conv2d:
     """A masked convolution that keeps the size, channels_last, with a prototype."""
 
@@ -184,6 +239,109 @@ class Conv2d:
         )
 
 
+@dataclass(frozen=True)
+class Fused:
+    """A masked convolution of packed inference, channels_last, with GELU, norm and residual."""
+
+    batch: int
+    channels: int
+    size: int
+    kernel: int
+    groups: int
+
+    @property
+    def name(self) -> str:
+        kind = "depthwise " if self.groups == self.channels else ""
+        image = f"{self.batch}x{self.channels}x{self.size}x{self.size}"
+        return f"masked_conv2d_fused {kind}{self.kernel}x{self.kernel} on {image}"
+
+    def build(self, device: str, backend: str) -> Problem:
+        shape = torch.Size((self.channels, self.channels // self.groups, self.kernel, self.kernel))
+        prototype = mk.Prototype(torch.randn(shape.numel() // 100 + 1, device=device).to(DTYPE))
+        bits = torch.rand(shape, device=device) < 0.5
+        words = mk.PackedMask.from_bool(bits).words
+        last = torch.channels_last
+        masked = torch.where(bits, prototype.fill(shape), 0).contiguous(memory_format=last)
+        affine = torch.randn(4, self.channels, device=device).to(DTYPE)
+        size = (self.batch, self.channels, self.size, self.size)
+        drawn = [torch.randn(size, device=device).to(DTYPE) for _ in range(COPIES)]
+        x = [image.contiguous(memory_format=last) for image in drawn]
+        padding = self.kernel // 2
+        geometry = ([self.kernel] * 2, [1, 1], [padding] * 2, [1, 1], self.groups)
+
+        def ours(i: int) -> Tensor:
+            result: Tensor = _ops.masked_conv2d_fused(
+                x[i], prototype.values, words, affine, "gelu", x[i], *geometry, backend
+            )
+            return result
+
+        def plain(x: Tensor) -> Tensor:
+            rows = affine.to(x.dtype).view(4, -1, 1, 1)
+            y = F.conv2d(x, masked.to(x.dtype), padding=padding, groups=self.groups)
+            return F.gelu(y * rows[0] + rows[1]) * rows[2] + rows[3] + x
+
+        truth, expected = plain(x[0].double()), plain(x[0])
+        return Problem(
+            {
+                "ours": ours,
+                "F.conv2d, GELU, norm, residual": lambda i: plain(x[i]),
+                "the same by torch.compile": _compiled(plain, x),
+            },
+            lambda y: error_ratio(y, expected, truth),
+            baseline="F.conv2d, GELU, norm, residual",
+        )
+
+
+def _compiled(plain: Callable[[Tensor], Tensor], x: list[Tensor]) -> Callable[[int], Tensor]:
+    """On a GPU; elsewhere the compiler would only cost time."""
+    run = torch.compile(plain) if x[0].is_cuda else plain
+    return lambda i: run(x[i])
+
+
+@dataclass(frozen=True)
+class GeluBatchNorm:
+    """BatchNorm of GELU in training, forward and backward, channels_last, with float32 weights."""
+
+    batch: int
+    channels: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"gelu_batch_norm on {self.batch}x{self.channels}x{self.size}x{self.size}"
+
+    def build(self, device: str, backend: str) -> Problem:
+        size = (self.batch, self.channels, self.size, self.size)
+        last = torch.channels_last
+        drawn = [torch.randn(2, *size, device=device).to(DTYPE) for _ in range(COPIES)]
+        x, grad = ([pair[i].contiguous(memory_format=last) for pair in drawn] for i in range(2))
+        weight, bias = torch.randn(2, self.channels, device=device)
+
+        def grad_x(norm: Callable[..., Tensor], x: Tensor, grad: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            y = norm(x, weight.to(x.dtype) if x.dtype == torch.float64 else weight)
+            return torch.autograd.grad(y, x, grad)[0]
+
+        def ours(x: Tensor, weight: Tensor) -> Tensor:
+            return mk.gelu_batch_norm(x, None, None, weight, bias, True, backend=backend)
+
+        def plain(x: Tensor, weight: Tensor) -> Tensor:
+            return F.batch_norm(F.gelu(x), None, None, weight, bias.to(weight.dtype), True)
+
+        truth, expected = (
+            grad_x(plain, x[0].double(), grad[0].double()),
+            grad_x(plain, x[0], grad[0]),
+        )
+        return Problem(
+            {
+                "ours": lambda i: grad_x(ours, x[i], grad[i]),
+                "F.batch_norm(F.gelu(x))": lambda i: grad_x(plain, x[i], grad[i]),
+            },
+            lambda got: error_ratio(got, expected, truth),
+            baseline="F.batch_norm(F.gelu(x))",
+        )
+
+
 def selection_error(mask: Tensor, scores: Tensor, keep: int) -> float:
     """0 if ``mask`` keeps the ``keep`` largest by magnitude, ties either way; else infinity."""
     if mask.dtype == torch.int32:
@@ -203,19 +361,24 @@ def error_ratio(got: Tensor, plain: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).norm()) / floor
 
 
-Case = Linear | GradScores | SelectTopK | Conv2d
+Case = Linear | Compact | GradScores | SelectTopK | SelectTopKMany | Conv2d | Fused | GeluBatchNorm
 
 CASES: tuple[Case, ...] = (
     *(Linear(16384, 16384, tokens, "aligned") for tokens in (1, 16, 64, 1024)),
     *(Linear(4096, 4096, tokens, "aligned") for tokens in (1, 16, 4096)),
     *(Linear(16384, 16384, tokens, "any period") for tokens in (1, 16)),
     *(Linear(8192, 8192, tokens, "dense") for tokens in (1, 64)),
+    Compact(8192, 8192, 1),
     GradScores(4096, 4096, 8192),
     SelectTopK(10_000_000),
+    SelectTopKMany((256 * 25, 256 * 256) * 8),
     Conv2d(128, 256, 32, 5, groups=256),
     Conv2d(128, 256, 32, 7, groups=256),
     Conv2d(64, 256, 16, 3),
     Conv2d(512, 256, 16, 1),
+    Fused(128, 256, 32, 5, groups=256),
+    Fused(128, 256, 32, 1, groups=1),
+    GeluBatchNorm(512, 256, 16),
 )
 
 TOY: tuple[Case, ...] = (
@@ -224,6 +387,11 @@ TOY: tuple[Case, ...] = (
     Linear(33, 64, 3, "dense"),
     GradScores(9, 12, 5),
     SelectTopK(1000),
+    SelectTopKMany((9, 1000)),
     Conv2d(2, 4, 5, 3, groups=4),
+    Compact(9, 33, 3),
+    Fused(2, 4, 5, 3, groups=4),
+    Fused(2, 4, 5, 1, groups=1),
+    GeluBatchNorm(2, 4, 5),
 )
 """Small enough for the tests."""

@@ -32,8 +32,6 @@ def measure(net: Net, device: str = "cuda", backend: str = "triton") -> dict[str
     steps: dict[str, Callable[[], Tensor]] = {}
     weights = masked_weights(net)
     for way in ways(net):
-        if "norms" in way:
-            continue  # fused on the CPU only
         try:
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from masked_kernels.backends import triton as backend
-from masked_kernels.backends.triton import config
+from masked_kernels.backends.triton import compact, config
 
 from . import aot
 
@@ -32,7 +32,8 @@ _HEADER = """\
 
 Inner loops of the Triton kernels, counted in the machine code by `python -m bench.sass`; weights
 4096 x 4096, Triton {version}. Compiled, not run: these are counts, not times. *Aligned* is the
-kernel of bit planes; the others decode any period.
+kernel of bit planes; the others decode any period, *compact* reads kept values only. A depthwise
+convolution, 256 channels on channels_last images, counts the products of a filter's row.
 
 | kernel | target | instructions / weight | registers | stack | most frequent |
 | --- | --- | --- | --- | --- | --- |
@@ -123,7 +124,35 @@ def _cases() -> list[_Case]:
         run, count = call(tokens, 167_773, torch.bfloat16), tile.rows * tile.depth
         label = f"{label}, {tokens} tokens, bfloat16"
         cases.append(_Case(label, run, "_masked_linear_kernel", lambda _, count=count: count))
-    return cases
+    return [*cases, _compact(words), *map(_depthwise, (5, 7))]
+
+
+def _compact(words: torch.Tensor) -> _Case:
+    tokens = 16
+    x, kept = torch.zeros(tokens, _COLS, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.bfloat16)
+    tile = config.linear_tile(tokens, _ROWS, torch.bfloat16)
+
+    def call() -> object:
+        return compact.multiplied(x, kept, words, None, None)  # what checks kept would count bits
+
+    label = f"compact, {tokens} tokens, bfloat16"
+    return _Case(label, call, "_compact_linear_kernel", lambda _: tile.rows * tile.depth)
+
+
+def _depthwise(kernel: int) -> _Case:
+    channels, size = 256, 32
+    image = torch.zeros(1, channels, size, size, dtype=torch.bfloat16)
+    image = image.contiguous(memory_format=torch.channels_last)
+    words, values = torch.zeros(channels, 2, dtype=torch.int32), image.new_zeros(channels)
+    geometry = ([kernel, kernel], [1, 1], [kernel // 2, kernel // 2], [1, 1], channels)
+    tile = config.strips_tile(channels, size, True)
+
+    def call() -> object:
+        return backend.masked_conv2d(image, values, words, None, None, *geometry)
+
+    products = tile.rows * tile.strips * tile.strip * kernel
+    label = f"depthwise {kernel} x {kernel}, bfloat16"
+    return _Case(label, call, "_depthwise_conv2d_kernel", lambda _: products)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """``python -m bench tune``: time every plan of ``masked_linear`` and fit the bounds between them.
 
 The bounds of this machine's instruction set in ``masked_kernels/backends/cpu/plans.json`` become
-those whose choices take the least time over the grid, in geometric mean.
+those whose choices take the least time over the grid, in geometric mean. ``--backend triton`` does
+the like for the GPU of this machine, see ``tune_triton``.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from masked_kernels.backends.cpu.plan import (
     row_patterns,
 )
 
+from . import tune_triton
 from .cases._weights import masked_weight
 from .timing import Task, interleaved
 
@@ -137,7 +139,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="of torch and of our kernels")
     parser.add_argument("--seconds", type=float, default=0.03, help="to time each plan for")
     parser.add_argument("--out", type=Path, help="default: the file that the package ships")
+    parser.add_argument("--backend", choices=("cpu", "triton"), default="cpu")
     options = parser.parse_args(arguments)
+    if options.backend == "triton":
+        return tune_triton.tune(options.out)
     if reason := why_unavailable("cpu"):
         print(f"error: backend 'cpu' is unavailable: {reason}", file=sys.stderr)
         return 1

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backends import select
 from .backends._fused import masked_conv2d_chain as chain
-from .backends._layout import conv_memory_format, words_per_row
+from .backends._layout import at_least_float32, conv_memory_format, words_per_row
 
 _library = torch.library.Library("masked_kernels", "DEF")
 
@@ -75,6 +75,10 @@ def _is_plain_call(args: tuple[Any, ...]) -> bool:
 def _fake_words(t: Tensor, *_: Any) -> Tensor:
     rows, cols = t.shape
     return t.new_empty((rows, words_per_row(cols)), dtype=torch.int32)
+
+
+def _fake_channels(x: Tensor) -> Tensor:
+    return x.new_empty((2, x.shape[1]), dtype=at_least_float32(x.dtype))
 
 
 def _fake_image(x: Tensor) -> Tensor:
@@ -232,7 +236,7 @@ scored_conv2d_grad_scores = _define(
     f"Tensor grad_y, Tensor x, Tensor values, Tensor scores, Tensor? scale, bool absolute, {_CONV}",
     lambda g, x, v, scores, *_: scores.new_empty(scores.shape),
 )
-gelu_stats = _define("gelu_stats", "Tensor x", lambda x, _: x.new_empty((2, x.shape[1])))
+gelu_stats = _define("gelu_stats", "Tensor x", lambda x, _: _fake_channels(x))
 gelu_batch_norm = _define(
     "gelu_batch_norm",
     "Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps",
@@ -241,7 +245,7 @@ gelu_batch_norm = _define(
 gelu_batch_norm_grad_affine = _define(
     "gelu_batch_norm_grad_affine",
     "Tensor grad_y, Tensor x, Tensor stats, float eps",
-    lambda g, x, *_: x.new_empty((2, x.shape[1])),
+    lambda g, x, *_: _fake_channels(x),
 )
 gelu_batch_norm_grad_x = _define(
     "gelu_batch_norm_grad_x",

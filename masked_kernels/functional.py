@@ -16,6 +16,7 @@ from . import _ops
 from ._checks import check_device, check_float, check_like, check_shape, check_type, pair
 from .autograd import GeluBatchNorm, MaskedConv2d, MaskedLinear, ScoredConv2d, ScoredLinear
 from .backends import AUTO
+from .backends._layout import at_least_float32
 from .mask import PackedMask
 from .prototype import Prototype
 from .rules import Rule
@@ -244,9 +245,9 @@ def gelu_batch_norm(
 
     Args:
         x: ``[B, C, H, W]``; channels_last stays channels_last.
-        running_mean, running_var: ``[C]``, dtype of x; updated in place when training, else what x
-            is normalised by. None only when training.
-        weight, bias: ``[C]``, dtype of x, or None for 1 and 0.
+        running_mean, running_var: ``[C]``, dtype of x or float32; updated in place when training,
+            else what x is normalised by. None only when training.
+        weight, bias: ``[C]``, dtype of x or float32, or None for 1 and 0.
         training, momentum, eps: as in ``F.batch_norm``.
         residual: ``[B, C, H, W]``, dtype of x, or None for 0.
         backend: as in ``masked_linear``.
@@ -268,7 +269,10 @@ def gelu_batch_norm(
         if vector is not None:
             check_type(name, vector, Tensor)
             check_shape(name, vector, x.shape[1:2])
-            check_like(name, vector, "x", x)
+            if vector.dtype == at_least_float32(x.dtype):
+                check_device(name, vector, "x", x)
+            else:
+                check_like(name, vector, "x", x)
     if residual is not None:
         check_type("residual", residual, Tensor)
         check_shape("residual", residual, x.shape)
@@ -303,9 +307,10 @@ def _batch_stats(
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected 2 values per channel to train")
     stats: Tensor = _ops.gelu_stats(x, backend)
     if running_mean is not None:
-        running_mean.lerp_(stats[0], momentum)
+        running_mean.lerp_(stats[0].to(running_mean), momentum)
     if running_var is not None:
-        running_var.lerp_(stats[1] * (count / (count - 1)), momentum)
+        unbiased = stats[1] * (count / (count - 1))
+        running_var.lerp_(unbiased.to(running_var), momentum)
     return stats
 
 

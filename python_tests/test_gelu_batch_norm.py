@@ -18,9 +18,11 @@ EPS = 1e-5
 
 
 def plain(
-    leaves: Sequence[Tensor], stats: Tensor, training: bool, dtype: torch.dtype
+    leaves: Sequence[Tensor], stats: Tensor, training: bool, dtype: torch.dtype | None
 ) -> tuple[Tensor, ...]:
-    """y, the running statistics afterwards, and the gradients of x, weight, bias and residual."""
+    """y, the running statistics afterwards, and the gradients of x, weight, bias and residual;
+    computed in a dtype or in those of the tensors.
+    """
     x, weight, bias, residual = leaves = [t.detach().to(dtype).requires_grad_() for t in leaves]
     mean, var = stats.to(dtype).clone()
     y = F.batch_norm(F.gelu(x), mean, var, weight, bias, training, 0.3, EPS) + residual
@@ -46,10 +48,34 @@ def backend(backend: str) -> str:
 def test_gelu_batch_norm(
     size: tuple[int, ...], memory_format: torch.memory_format, training: bool, backend: str
 ) -> None:
+    check(size, memory_format, training, torch.float32, torch.float32, backend)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("of_vectors", [torch.float32, None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits(
+    dtype: torch.dtype, of_vectors: torch.dtype | None, training: bool, backend: str
+) -> None:
+    """With weight, bias and statistics of the same dtype, and in float32 as under autocast."""
+    if reason := why_not(backend, "gelu_stats", torch.ones(1, 1, 1, 1, dtype=dtype)):
+        pytest.skip(reason)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        check((3, 17, 7, 6), memory_format, training, dtype, of_vectors or dtype, backend)
+
+
+def check(
+    size: tuple[int, ...],
+    memory_format: torch.memory_format,
+    training: bool,
+    dtype: torch.dtype,
+    of_vectors: torch.dtype,
+    backend: str,
+) -> None:
     channels = size[1]
-    x = (2 * torch.randn(size)).contiguous(memory_format=memory_format).requires_grad_()
-    weight, bias = torch.randn(2, channels).unbind()
-    stats = torch.stack([torch.randn(channels), torch.rand(channels) + 0.5])
+    x = (2 * torch.randn(size)).to(dtype).contiguous(memory_format=memory_format)
+    weight, bias = torch.randn(2, channels).to(of_vectors).unbind()
+    stats = torch.stack([torch.randn(channels), torch.rand(channels) + 0.5]).to(of_vectors)
     residual = torch.randn_like(x)
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
     mean, var = stats.clone()
@@ -57,9 +83,7 @@ def test_gelu_batch_norm(
         x, mean, var, weight, bias, training, 0.3, EPS, residual=residual, backend=backend
     )
     got = (y.detach(), mean, var, *torch.autograd.grad(y, leaves, grad_of(x)))
-    expected, truth = (
-        plain(leaves, stats, training, dtype) for dtype in (torch.float32, torch.float64)
-    )
+    expected, truth = (plain(leaves, stats, training, each) for each in (None, torch.float64))
     grads = ("grad x", "grad weight", "grad bias", "grad residual")
     names = ("y", "running mean", "running var", *grads)
     for name, *tensors in zip(names, got, expected, truth, strict=True):

@@ -155,6 +155,17 @@ def test_select_many_is_select_of_each(backend: str) -> None:
     assert mk.TopK().select_many([], backend) == []
 
 
+def test_select_many_of_16_bits(backend: str) -> None:
+    """Twenty layers of three dtypes, many of their scores equal."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    scores = [(3 * torch.randn(3, 5 + i)).to(dtypes[i % 3]) for i in range(20)]
+    for absolute in (True, False):
+        rule = mk.TopK(0.4, absolute)
+        for s, words in zip(scores, rule.select_many(scores, backend), strict=True):
+            expected = oracle.topk(s.flatten().tolist(), 0.4, absolute)
+            assert _ops.unpack(words, s.shape[1], backend).flatten().tolist() == expected
+
+
 def test_large_selection_agrees_with_a_stable_sort(backend: str) -> None:
     """Enough scores for several threads and radix passes, with and without heavy ties."""
     for scores in (torch.randn(300, 1111), (torch.randn(300, 1111) * 3).round()):

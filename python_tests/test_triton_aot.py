@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from bench import aot, sass  # noqa: E402  they import triton
+from masked_kernels.backends.triton import compact  # noqa: E402
 
 DTYPE = torch.bfloat16
 
@@ -30,12 +31,17 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
     filter_words, filter_scores = torch.zeros(64, 1, dtype=torch.int32), torch.randn(64, 1, 5, 5)
     full, depthwise = ([1, 1], [1, 1], [1, 1], 1), ([1, 1], [2, 2], [1, 1], 64)
     size = list(image.shape)
+    point_words, point = torch.zeros(64, 2, dtype=torch.int32), ([1, 1], [0, 0], [1, 1], 1)
+    affine = torch.randn(4, 64)
+    stats, vector, grads = torch.rand(2, 64), torch.rand(64), torch.randn(2, 64)
+    planar = image.float().contiguous()
     return {
         "pack": [(torch.zeros(256, 256, dtype=torch.bool),)],
         "unpack": [(words, 256)],
         "popcount": [(words,)],
         "transpose": [(words, 256)],
         "select_topk": [(scores, 100, True)],
+        "select_topk_many": [([scores.half(), scores[:5].half()], [100, 0], False)],
         "select_threshold": [(scores, 0.5)],
         "select_nm": [(scores, 2, 4, True)],
         "decode": [(prototype, words, 256)],
@@ -49,9 +55,15 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
         "masked_linear_grad_x": [(x, prototype, words, scale, 256)],
         "masked_linear_grad_weight": [(x, x, words, scale)],
         "scored_linear_grad_scores": [(x, x, prototype, scores, scale, True)],
+        "compact_linear": [(x[:1], _draw(0), words, None, None), (x, _draw(0), words, None, scale)],
         "masked_conv2d": [
             (image, prototype, kernel_words, None, scale, [3, 3], *full),
             (image, prototype, filter_words, _draw(64), None, [5, 5], *depthwise),
+        ],
+        "masked_conv2d_fused": [
+            (image, prototype, kernel_words, affine, "gelu", image, [3, 3], *full),
+            (image, prototype, filter_words, affine, "gelu", image, [5, 5], *depthwise),
+            (image, prototype, point_words, affine, "relu", image, [1, 1], *point),
         ],
         "masked_conv2d_grad_x": [
             (image, prototype, kernel_words, scale, size, [3, 3], *full),
@@ -65,6 +77,16 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
             (image, image, prototype, kernel_scores, scale, True, *full),
             (image, image, prototype, filter_scores, None, True, *depthwise),
         ],
+        "gelu_stats": [(image,), (planar,)],
+        "gelu_batch_norm": [
+            (image, stats, vector, vector, image, 1e-5),
+            (planar, stats, None, None, None, 1e-5),
+        ],
+        "gelu_batch_norm_grad_affine": [(image, image, stats, 1e-5)],
+        "gelu_batch_norm_grad_x": [
+            (image, image, stats, vector, grads, 1e-5),
+            (planar, planar, stats, None, None, 1e-5),
+        ],
     }
 
 
@@ -73,18 +95,19 @@ def _draw(*shape: int) -> torch.Tensor:
 
 
 def test_every_op_has_a_call() -> None:
-    own = {name for name, file in backend._HOME.items() if file != "composed"}
-    assert set(calls()) == own
+    assert set(calls()) | {"masked_conv2d_chain"} == set(backend._HOME)
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize("name", sorted(calls()))
-def test_compiles(name: str, target: str) -> None:
+def test_compiles(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compact, "check_count", lambda *_: None)  # nothing has been counted
     for arguments in calls()[name]:
         kernels = aot.compiled(lambda args=arguments: getattr(backend, name)(*args), target)
         assert kernels
         for kernel in kernels:
             assert kernel.metadata.target == aot.TARGETS[target]
+            assert kernel.metadata.shared <= aot.SHARED_BYTES[target]
             assert len(kernel.asm["hsaco" if target == "gfx942" else "cubin"]) > 0
 
 

@@ -16,3 +16,8 @@ def conv_memory_format(x: Tensor) -> torch.memory_format:
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What statistics and sums over images of the dtype are kept in."""
+    return torch.promote_types(dtype, torch.float32)

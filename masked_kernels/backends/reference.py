@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import _fused
-from ._layout import conv_memory_format, words_per_row
+from ._layout import at_least_float32, conv_memory_format, words_per_row
 
 
 def why_unavailable() -> str | None:
@@ -182,7 +182,7 @@ def scored_conv2d_grad_scores(
 
 
 def gelu_stats(x: Tensor) -> Tensor:
-    var, mean = torch.var_mean(F.gelu(x), _over_pixels(x), correction=0)
+    var, mean = torch.var_mean(F.gelu(_widened(x)), _over_pixels(x), correction=0)
     return torch.stack([mean, var])
 
 
@@ -201,10 +201,11 @@ def gelu_batch_norm(
         y = y + _per_channel(bias, x)
     if residual is not None:
         y = y + residual
-    return y.contiguous(memory_format=conv_memory_format(x))
+    return y.to(x.dtype, memory_format=conv_memory_format(x))
 
 
 def gelu_batch_norm_grad_affine(grad_y: Tensor, x: Tensor, stats: Tensor, eps: float) -> Tensor:
+    grad_y = _widened(grad_y)
     grad_weight = (grad_y * _normalised(x, stats, eps)).sum(_over_pixels(x))
     return torch.stack([grad_weight, grad_y.sum(_over_pixels(x))])
 
@@ -217,15 +218,19 @@ def gelu_batch_norm_grad_x(
     grad_affine: Tensor | None,
     eps: float,
 ) -> Tensor:
-    grad = grad_y
+    grad = _widened(grad_y)
     if grad_affine is not None:  # mean and variance move with x
         grad_weight, grad_bias = (_per_channel(t, x) for t in grad_affine)
         pixels = x.numel() // max(x.shape[1], 1)
         grad = grad - (grad_bias + _normalised(x, stats, eps) * grad_weight) / pixels
-    factor = (stats[1] + eps).rsqrt()
+    factor = (_widened(stats)[1] + eps).rsqrt()
     grad = grad * _per_channel(factor if weight is None else factor * weight, x)
-    grad_x: Tensor = torch.ops.aten.gelu_backward(grad, x)
-    return grad_x.contiguous(memory_format=conv_memory_format(x))
+    grad_x: Tensor = torch.ops.aten.gelu_backward(grad, _widened(x))
+    return grad_x.to(x.dtype, memory_format=conv_memory_format(x))
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.to(at_least_float32(t.dtype))
 
 
 def _over_pixels(x: Tensor) -> list[int]:
@@ -237,8 +242,8 @@ def _per_channel(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _normalised(x: Tensor, stats: Tensor, eps: float) -> Tensor:
-    mean, var = stats
-    return (F.gelu(x) - _per_channel(mean, x)) * _per_channel((var + eps).rsqrt(), x)
+    mean, var = _widened(stats)
+    return (F.gelu(_widened(x)) - _per_channel(mean, x)) * _per_channel((var + eps).rsqrt(), x)
 
 
 def _select_topk(scores: Tensor, drop: int, absolute: bool, name: str) -> Tensor:

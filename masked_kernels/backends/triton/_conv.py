@@ -79,11 +79,12 @@ def is_channels_last(image: Tensor) -> bool:
     return conv_memory_format(image) == torch.channels_last
 
 
-def new_image(like: Tensor, size: Sequence[int]) -> Tensor:
-    """An empty image in the memory format of ``like``."""
-    return torch.empty(
-        size, dtype=like.dtype, device=like.device, memory_format=conv_memory_format(like)
-    )
+def new_image(
+    like: Tensor, size: Sequence[int], memory_format: torch.memory_format | None = None
+) -> Tensor:
+    """An empty image, in the memory format of ``like`` unless one is given."""
+    memory_format = memory_format or conv_memory_format(like)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 def as_tokens(image: Tensor) -> Tensor:
@@ -141,3 +142,20 @@ def window_back(geometry, row, col, r, s):
 @triton.jit
 def in_bounds(row, col, height, width):
     return (row >= 0) & (row < height) & (col >= 0) & (col < width)
+
+
+@triton.jit
+def image_at(strides, image, row, col, channel):
+    """Offsets [pixel, channel]; ``image`` has 64 bits."""
+    at = image * strides[0] + row.to(tl.int64) * strides[2] + col.to(tl.int64) * strides[3]
+    return at[:, None] + channel.to(tl.int64)[None, :] * strides[1]
+
+
+@triton.jit
+def add_residual_of_image(sums, output, image, row, col, channel, ok):
+    """Sums [pixel, channel] with a residual ``[B, C, H, W]``."""
+    residual, strides = output[3], output[4]
+    if residual is not None:
+        at = image_at(strides, image, row, col, channel)
+        sums += tl.load(residual + at, mask=ok, other=0.0).to(tl.float32)
+    return sums

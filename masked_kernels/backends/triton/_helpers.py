@@ -2,13 +2,14 @@
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import interpreted
+from . import config, interpreted
 
 _TL_DTYPES = {
     torch.float32: tl.float32,
@@ -16,10 +17,8 @@ _TL_DTYPES = {
     torch.float16: tl.float16,
 }
 
-
-def is_wide(values: Tensor) -> bool:
-    """Whether an index of the values may need more than 32 bits."""
-    return values.numel() >= 2**30  # a row is added to it
+WORDS = 512 if interpreted() else 64
+"""Words that a program packs. The interpreter takes its time by the program, not by the word."""
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -27,14 +26,9 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
-def takes_weights_from_registers(t: Tensor) -> bool:
-    """Whether large products of the device read their left operand from registers: all before
-    Blackwell, whose own instruction wants memory, while its older one does not.
-    """
-    if interpreted():
-        return True
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend != "cuda" or target.arch < 100
+def tl_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of it."""
+    return _TL_DTYPES[dtype]
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -84,6 +78,22 @@ def _multiprocessors(device: torch.device) -> int:
 def programs(t: Tensor) -> int:
     """How many programs occupy the device of ``t``; four stand for a GPU in the interpreter."""
     return 2 * _multiprocessors(t.device) if t.is_cuda else 4
+
+
+class Split(NamedTuple):
+    """A sum in parts of equal length, the last ones shorter."""
+
+    parts: int
+    length: int
+
+
+def split(t: Tensor, tiles: int, total: int, step: int, least: int = 4) -> Split:
+    """How to cut sums of ``total`` terms, one for each of some tiles, for the device of ``t``: into
+    parts of whole steps, at least ``least``.
+    """
+    steps = triton.cdiv(total, step)
+    parts = config.parts(tiles, steps, programs(t), least)
+    return Split(parts, triton.cdiv(steps, parts) * step)
 
 
 @triton.jit
@@ -148,32 +158,21 @@ def store_tile(out, tile, rows, cols, row, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(rows, row_ok, weight, WIDE: tl.constexpr):
-    """Where the values of each row start, for values that are readable for a whole row past every
-    start. Numbers of 32 bits unless WIDE, as each weight adds its column to one.
-    """
-    starts = row_starts(tl.where(row_ok, rows, 0), 0, weight[2], weight[4])
-    return starts if WIDE else starts.to(tl.int32)
-
-
-@triton.jit
-def load_weight_of_rows(
-    weight, rows, row_ok, offsets, col, BLOCK: tl.constexpr, WHOLE: tl.constexpr
-):
-    """``load_weight`` by ``row_offsets``; WHOLE promises that the columns are all there."""
-    values, words, cols, words_per_row, _period = weight
-    bits = load_bits(words, rows, row_ok, col // 32, words_per_row, BLOCK)
-    lane = tl.arange(0, BLOCK)
-    at = values + col + (offsets[:, None] + lane[None, :])
-    # Rows that are not there read those of another one.
-    ok = None if WHOLE else (col + lane < cols)[None, :]
-    return tl.where(bits, tl.load(at, mask=ok), 0.0)
-
-
-@triton.jit
 def pack_bits(bits):
     """Words [A] of bits [A, 32]."""
     return tl.sum(bits.to(tl.int32) << tl.arange(0, 32)[None, :], axis=1)
+
+
+@triton.jit
+def population(word):
+    """int32 number of set bits."""
+    word = word.to(tl.uint32, bitcast=True)
+    # Sums of 2, then 4, then 8 neighbouring bits, side by side in the word.
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return ((word + (word >> 16)) & 0x3F).to(tl.int32)
 
 
 @triton.jit
@@ -185,3 +184,14 @@ def word_elements(first, rows, cols, words_per_row, BLOCK: tl.constexpr):
     row = word // words_per_row
     column = (word % words_per_row)[:, None] * 32 + tl.arange(0, 32)[None, :]
     return row, column, (row < rows)[:, None] & (column < cols)
+
+
+@triton.jit
+def gelu(x):
+    return x * normal_cdf(x)
+
+
+@triton.jit
+def normal_cdf(x):
+    """Probability that a standard normal variable is below x."""
+    return 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)

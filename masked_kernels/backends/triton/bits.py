@@ -7,10 +7,12 @@ from torch import Tensor
 
 from .._layout import words_per_row
 from ._helpers import (
+    WORDS,
     load_bits,
     load_weight,
     on_device,
     pack_bits,
+    population,
     program_tile,
     row_starts,
     store_tile,
@@ -18,7 +20,6 @@ from ._helpers import (
     word_elements,
 )
 
-_WORDS = 64  # per program of pack
 _ROWS, _COLS = 16, 128  # per program of unpack and decode
 
 
@@ -27,8 +28,8 @@ def pack(mask: Tensor) -> Tensor:
     words = mask.new_empty((rows, words_per_row(cols)), dtype=torch.int32)
     if words.numel():
         with on_device(mask):
-            _pack_kernel[(triton.cdiv(words.numel(), _WORDS),)](
-                mask.view(torch.uint8), words, rows, cols, words.shape[1], *mask.stride(), _WORDS
+            _pack_kernel[(triton.cdiv(words.numel(), WORDS),)](
+                mask.view(torch.uint8), words, rows, cols, words.shape[1], *mask.stride(), WORDS
             )
     return words
 
@@ -46,12 +47,18 @@ def unpack(words: Tensor, cols: int) -> Tensor:
 
 
 def popcount(words: Tensor) -> Tensor:
-    counts = words.new_empty(words.shape[0], dtype=torch.int64)
+    return popcount_of_parts(words, 1, words.shape[1]).view(-1)
+
+
+def popcount_of_parts(words: Tensor, parts: int, words_per_part: int) -> Tensor:
+    """int64 ``[rows, parts]``, set bits of each part of each row."""
+    rows, words_per_row = words.shape
+    counts = words.new_empty((rows, parts), dtype=torch.int64)
     if counts.numel():
         words = words.contiguous()
         with on_device(words):
-            _popcount_kernel[(triton.cdiv(words.shape[0], _ROWS),)](
-                words, counts, *words.shape, _ROWS, _COLS
+            _popcount_kernel[(triton.cdiv(rows, _ROWS), parts)](
+                words, counts, rows, words_per_row, words_per_part, _ROWS, _COLS
             )
     return counts
 
@@ -105,24 +112,23 @@ def _unpack_kernel(words, mask, rows, cols, words_per_row, ROWS: tl.constexpr, C
 
 
 @triton.jit
-def _popcount_kernel(words, counts, rows, words_per_row, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _popcount_kernel(
+    words, counts, rows, words_per_row, words_per_part, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    begin = tl.program_id(1) * words_per_part
+    end = tl.minimum(begin + words_per_part, words_per_row)
     count = tl.zeros((ROWS,), tl.int64)
-    for first in range(0, words_per_row, COLS):
+    for first in range(begin, end, COLS):
         col = first + tl.arange(0, COLS)
         word = tl.load(
             words + row.to(tl.int64)[:, None] * words_per_row + col[None, :],
-            mask=(row < rows)[:, None] & (col < words_per_row)[None, :],
+            mask=(row < rows)[:, None] & (col < end)[None, :],
             other=0,
-        ).to(tl.uint32, bitcast=True)
-        # Sums of 2, then 4, then 8 neighbouring bits, side by side in the word.
-        word = word - ((word >> 1) & 0x55555555)
-        word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-        word = (word + (word >> 4)) & 0x0F0F0F0F
-        word = word + (word >> 8)
-        word = (word + (word >> 16)) & 0x3F
-        count += tl.sum(word.to(tl.int32), axis=1)
-    tl.store(counts + row, count, mask=row < rows)
+        )
+        count += tl.sum(population(word), axis=1)
+    at = counts + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(at, count, mask=row < rows)
 
 
 @triton.jit

@@ -5,18 +5,25 @@ Columns of the weight keep their flat order: channel, then kernel position. Conv
 channel a group go to ``depthwise.py``, pointwise ones on channels_last to ``linear.py``.
 """
 
+import dataclasses
+import functools
+
+import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _fused
 from .._layout import conv_memory_format
 from . import config
 from ._conv import (
     Geometry,
+    add_residual_of_image,
     as_image,
     as_tokens,
     convolution_grads,
+    image_at,
     in_bounds,
     is_channels_last,
     new_image,
@@ -24,20 +31,14 @@ from ._conv import (
     window,
     window_back,
 )
-from ._helpers import (
-    dot_dtype,
-    dot_precision,
-    is_wide,
-    load_weight_of_rows,
-    on_device,
-    row_offsets,
-    row_starts,
-    weight_arguments,
-)
+from ._helpers import dot_dtype, dot_precision, on_device, row_starts, split, weight_arguments
 from .bits import decoded
 from .depthwise import depthwise_conv2d, depthwise_conv2d_grad_x
-from .linear import masked_linear
+from .linear import multiplied
 from .linear_grad import masked_linear_grad_x
+from .output import Output, finished
+from .row_weight import load_weight_of_rows, row_offsets, row_weight
+from .settings import settings_of
 
 
 def masked_conv2d(
@@ -53,49 +54,122 @@ def masked_conv2d(
     groups: int,
 ) -> Tensor:
     geometry = Geometry.of(x.shape, kernel_size, stride, padding, dilation, groups)
+    output = Output(bias, scale)
+    return _convolved(x, values, words, output, geometry, conv_memory_format(x))
+
+
+def masked_conv2d_fused(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    affine: Tensor,
+    activation: str,
+    residual: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry.of(x.shape, kernel_size, stride, padding, dilation, groups)
+    output = Output(affine=affine, activation=activation, residual=residual)
+    return _convolved(x, values, words, output, geometry, torch.channels_last)
+
+
+masked_conv2d_chain = functools.partial(_fused.masked_conv2d_chain, masked_conv2d_fused)
+
+
+def _convolved(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    output: Output,
+    geometry: Geometry,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """What becomes of the convolution, in a memory format."""
     if geometry.pointwise and is_channels_last(x):
-        return as_image(masked_linear(as_tokens(x), values, words, bias, scale), x)
+        return as_image(multiplied(as_tokens(x), values, words, _of_tokens(output)), x)
     rows = words.shape[0]
-    y = new_image(x, (x.shape[0], rows, *geometry.out_size))
+    y = new_image(x, (x.shape[0], rows, *geometry.out_size), memory_format)
     if y.numel() == 0:
         return y
+    fused = output.affine is not None
     if geometry.group_channels == 1:
-        depthwise_conv2d(y, x, values, words, bias, scale, geometry)
-        return y
-    if config.conv_plan(geometry.out_pixels, x.dtype) == "library":
-        weight = decoded(values, words, geometry.cols, scale).view(
-            rows, geometry.group_channels, *kernel_size
-        )
-        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return y.contiguous(memory_format=conv_memory_format(x))
-    group_rows = rows // groups
-    tile = config.linear_tile(geometry.out_pixels, group_rows, x.dtype)
+        depthwise_conv2d(y, x, values, words, output, geometry)
+    elif (
+        config.conv_plan(geometry.out_pixels, geometry.cols, x.dtype, fused, settings_of(x))
+        == "library"
+    ):
+        size = (rows, geometry.group_channels, *geometry.kernel)
+        weight = decoded(values, words, geometry.cols, output.scale).view(size)
+        y = F.conv2d(
+            x.contiguous(memory_format=memory_format),
+            weight,
+            output.bias,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.groups,
+        ).contiguous(memory_format=memory_format)
+        if fused:
+            with on_device(x):
+                tokens = as_tokens(y)
+                _of_tokens(output).finish(tokens, tokens.unsqueeze(0))
+    else:
+        _convolve_tiles(y, x, values, words, output, geometry)
+    return y
+
+
+def _of_tokens(output: Output) -> Output:
+    """With the residual as tokens."""
+    if output.residual is None:
+        return output
+    return dataclasses.replace(output, residual=as_tokens(output.residual))
+
+
+def _convolve_tiles(
+    y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: Output, geometry: Geometry
+) -> None:
+    group_rows = words.shape[0] // geometry.groups
+    tile = config.linear_tile(geometry.out_pixels, group_rows, x.dtype, settings_of(x))
     tiles = triton.cdiv(group_rows, tile.rows) * triton.cdiv(geometry.out_pixels, tile.tokens)
+    parts, length = split(x, tiles * geometry.groups, geometry.cols, tile.depth)
+    weight = row_weight(values, words, geometry.cols)
+    sums = y
+    if parts > 1:
+        size = (parts, geometry.out_pixels, words.shape[0])
+        sums = y.new_empty(size, dtype=torch.float32)
     with on_device(x):
-        _masked_conv2d_kernel[(tiles, groups)](
+        _masked_conv2d_kernel[(tiles, geometry.groups, parts)](
             x,
-            weight_arguments(values, words, geometry.cols, geometry.cols),
-            bias,
-            scale,
-            y,
+            weight.arguments,
+            output.arguments(),
+            sums,
             geometry.arguments(),
             geometry.out_pixels,
+            length,
             group_rows,
             geometry.group_channels,
             x.stride(),
             y.stride(),
             dot_dtype(x.dtype),
             dot_precision(),
-            *kernel_size,
+            output.activation,
+            parts == 1,
+            *geometry.kernel,
             tile.rows,
             tile.tokens,
             tile.depth,
             geometry.cols % tile.depth == 0,
-            is_wide(values),
+            *weight.options,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return y
+        if parts > 1:
+            image = new_image(y, y.shape, torch.channels_last)
+            _of_tokens(output).finish(as_tokens(image), sums)
+            y.copy_(image)
 
 
 def masked_conv2d_grad_x(
@@ -120,7 +194,8 @@ def masked_conv2d_grad_x(
     if geometry.group_channels == 1:
         depthwise_conv2d_grad_x(grad_x, grad_y, values, words, scale, geometry)
         return grad_x
-    if config.conv_plan(geometry.in_pixels, grad_y.dtype) == "library":
+    settings, dtype = settings_of(grad_y), grad_y.dtype
+    if config.conv_plan(geometry.in_pixels, geometry.cols, dtype, False, settings) == "library":
         weight = decoded(values, words, geometry.cols, scale).view(
             words.shape[0], geometry.group_channels, *kernel_size
         )
@@ -129,7 +204,7 @@ def masked_conv2d_grad_x(
             memory_format=conv_memory_format(grad_y)
         )
     group_rows = words.shape[0] // groups
-    tile = config.linear_tile(geometry.in_pixels, geometry.group_channels, grad_y.dtype)
+    tile = config.linear_tile(geometry.in_pixels, geometry.group_channels, dtype, settings)
     reach = tile.rows * kernel_size[0] * kernel_size[1]
     tiles = triton.cdiv(geometry.group_channels, tile.rows) * triton.cdiv(
         geometry.in_pixels, tile.tokens
@@ -162,26 +237,31 @@ def masked_conv2d_grad_x(
 def _masked_conv2d_kernel(
     x,
     weight,
-    bias,
-    scale,
+    output,
     y,
     geometry,
     pixels,
+    cols_per_part,
     group_rows,
     group_channels,
     stride_x,
     stride_y,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FINISH: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
     DEPTH: tl.constexpr,
     WHOLE: tl.constexpr,
+    COPIES: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """One tile of y [rows of a group, output pixels]."""
+    """One tile of y [rows of a group, output pixels], or of its sums over a part of the columns."""
     cols = weight[2]
     group = tl.program_id(1)
     down = tl.cdiv(group_rows, ROWS)
@@ -193,10 +273,12 @@ def _masked_conv2d_kernel(
     base = x + group.to(tl.int64) * group_channels * stride_x[1] + image * stride_x[0]
     base += top.to(tl.int64) * stride_x[2] + left.to(tl.int64) * stride_x[3]  # [PIXELS]
     lane = tl.arange(0, DEPTH)
-    offsets = row_offsets(row, row_ok, weight, WIDE)
+    offsets = row_offsets(row, row_ok, weight, COPIES, VECTOR, WIDE)
+    begin = tl.program_id(2) * cols_per_part
+    end = tl.minimum(begin + cols_per_part, cols)
     acc = tl.zeros((ROWS, PIXELS), tl.float32)
-    for col in range(0, cols, DEPTH):
-        w = load_weight_of_rows(weight, row, row_ok, offsets, col, DEPTH, WHOLE)
+    for col in range(begin, end, DEPTH):
+        w = load_weight_of_rows(weight, row, row_ok, offsets, col, DEPTH, WHOLE, ASM)
         channel = (col + lane) // (KH * KW)
         r = (col + lane) // KW % KH * geometry[8]
         s = (col + lane) % KW * geometry[9]
@@ -208,15 +290,16 @@ def _masked_conv2d_kernel(
         ok &= (pixel < pixels)[:, None] & (col + lane < cols)[None, :]
         tile = tl.load(base[:, None] + offset[None, :], mask=ok, other=0.0)
         acc = tl.dot(w.to(DOT), tl.trans(tile.to(DOT)), acc, input_precision=PRECISION)
-    if scale is not None:
-        acc *= tl.load(scale).to(tl.float32)
-    if bias is not None:
-        acc += tl.load(bias + row, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-    out = image * stride_y[0] + out_row.to(tl.int64) * stride_y[2]
-    out += out_col.to(tl.int64) * stride_y[3]
-    out = y + out[:, None] + row.to(tl.int64)[None, :] * stride_y[1]
+    rows = group_rows * tl.num_programs(1)
     ok = (pixel < pixels)[:, None] & row_ok[None, :]
-    tl.store(out, tl.trans(acc).to(y.dtype.element_ty), mask=ok)
+    if FINISH:
+        sums = tl.trans(finished(acc, output, row, row_ok, rows, ACTIVATION, 0))
+        sums = add_residual_of_image(sums, output, image, out_row, out_col, row, ok)
+        at = image_at(stride_y, image, out_row, out_col, row)
+    else:
+        sums = tl.trans(acc)
+        at = (tl.program_id(2).to(tl.int64) * pixels + pixel)[:, None] * rows + row[None, :]
+    tl.store(y + at, sums.to(y.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -276,9 +359,6 @@ def _masked_conv2d_grad_x_kernel(
             acc = tl.dot(tile.to(DOT), w.to(DOT), acc, input_precision=PRECISION)
     if scale is not None:
         acc *= tl.load(scale).to(tl.float32)
-    out = image * stride_x[0] + x_row.to(tl.int64) * stride_x[2]
-    out += x_col.to(tl.int64) * stride_x[3]
-    channel = group * group_channels + in_group
-    out = grad_x + out[:, None] + channel.to(tl.int64)[None, :] * stride_x[1]
+    at = image_at(stride_x, image, x_row, x_col, group * group_channels + in_group)
     ok = (pixel < pixels)[:, None] & channel_ok[None, :]
-    tl.store(out, acc.to(grad_x.dtype.element_ty), mask=ok)
+    tl.store(grad_x + at, acc.to(grad_x.dtype.element_ty), mask=ok)

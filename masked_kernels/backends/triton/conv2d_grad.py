@@ -16,9 +16,10 @@ from ._conv import (
     pixel_of,
     window,
 )
-from ._helpers import dot_dtype, dot_precision, on_device, programs
+from ._helpers import dot_dtype, dot_precision, on_device, split
 from .depthwise import fill_depthwise_grad
 from .epilogue import WeightGrad, masked_grad, scored_grad, store_grad
+from .settings import settings_of
 
 
 def masked_conv2d_grad_weight(
@@ -65,7 +66,8 @@ def _fill(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry: Geometry) -> 
     if geometry.group_channels == 1:
         fill_depthwise_grad(target, grad_y, x, geometry)
         return
-    if config.conv_plan(geometry.out_pixels, x.dtype) == "library":
+    settings = settings_of(x)
+    if config.conv_plan(geometry.out_pixels, geometry.cols, x.dtype, False, settings) == "library":
         size = (target.rows, geometry.group_channels, *geometry.kernel)
         weight = x.new_empty(size)  # only its size and layout matter
         grad = convolution_grads(grad_y, x, weight, geometry, (False, True))[1]
@@ -75,8 +77,7 @@ def _fill(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry: Geometry) -> 
     group_rows = target.rows // geometry.groups
     tile = config.grad_tile(group_rows, x.dtype)
     blocks = triton.cdiv(group_rows, tile.rows) * triton.cdiv(target.cols, config.GRAD_COLS)
-    steps = triton.cdiv(geometry.out_pixels, tile.depth)
-    parts = config.parts(blocks * geometry.groups, steps, programs(x))
+    parts, length = split(x, blocks * geometry.groups, geometry.out_pixels, tile.depth)
     destination = target.destination(parts)
     with on_device(x):
         _masked_conv2d_grad_weight_kernel[(blocks, parts, geometry.groups)](
@@ -86,7 +87,7 @@ def _fill(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry: Geometry) -> 
             target.arguments(),
             geometry.arguments(),
             geometry.out_pixels,
-            triton.cdiv(steps, parts) * tile.depth,
+            length,
             group_rows,
             geometry.group_channels,
             grad_y.stride(),

@@ -1,49 +1,76 @@
 """Convolutions with one channel a group: sums of products of pixels, without tensor cores.
 
-One program holds a tile [pixels, rows of the weight]; the masked filter of a row is loaded once a
-kernel position and serves all pixels. Row n of the weight reads channel ``n // rows_per_channel``.
+Masked filters are decoded once, float32 and by the kernel position, where a program that loads them
+needs no bits. The convolution itself works on *strips*: some output pixels side by side in a row, a
+sum each, so that an input pixel is loaded once for all of them. Row n of the weight reads channel
+``n // rows_per_channel``.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import config
-from ._conv import Geometry, in_bounds, pixel_of, window, window_back
-from ._helpers import on_device, programs, row_starts, weight_arguments
+from ._conv import (
+    Geometry,
+    add_residual_of_image,
+    image_at,
+    in_bounds,
+    pixel_of,
+    window,
+    window_back,
+)
+from ._helpers import load_weight, on_device, row_starts, split, weight_arguments
 from .epilogue import WeightGrad, store_grad
+from .output import Output, finished
+
+_FILTERS = 16  # that a program decodes
 
 
 def depthwise_conv2d(
-    y: Tensor,
-    x: Tensor,
-    values: Tensor,
-    words: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    geometry: Geometry,
+    y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: Output, geometry: Geometry
 ) -> None:
     """Fill ``y``."""
     rows = words.shape[0]
-    tile = config.depthwise_tile(geometry.out_pixels, rows)
-    grid = (triton.cdiv(geometry.out_pixels, tile.pixels) * triton.cdiv(rows, tile.rows),)
+    height, width = geometry.out_size
+    tile = config.strips_tile(rows, width, x.stride(1) == 1)
+    strips = geometry.batch * height * triton.cdiv(width, tile.strip)
+    grid = (triton.cdiv(strips, tile.strips) * triton.cdiv(rows, tile.rows),)
     with on_device(x):
         _depthwise_conv2d_kernel[grid](
             x,
-            weight_arguments(values, words, geometry.cols, geometry.cols),
-            bias,
-            scale,
+            _filters(values, words, geometry.cols),
+            output.arguments(),
             y,
             geometry.arguments(),
-            geometry.out_pixels,
+            strips,
             rows,
             rows // geometry.channels,
             x.stride(),
             y.stride(),
+            output.activation,
             *geometry.kernel,
-            tile.pixels,
+            geometry.stride[1],
+            geometry.dilation[1],
+            tile.strip,
+            tile.strips,
             tile.rows,
         )
+
+
+def _filters(values: Tensor, words: Tensor, cols: int) -> Tensor:
+    """The masked weight ``[rows, cols]``, transposed, float32."""
+    rows = words.shape[0]
+    filters = values.new_empty((cols, rows), dtype=torch.float32)
+    _filters_kernel[(triton.cdiv(rows, _FILTERS),)](
+        weight_arguments(values, words, cols, cols),
+        filters,
+        rows,
+        _FILTERS,
+        max(32, triton.next_power_of_2(cols)),
+    )
+    return filters
 
 
 def depthwise_conv2d_grad_x(
@@ -61,7 +88,7 @@ def depthwise_conv2d_grad_x(
     with on_device(grad_y):
         _depthwise_conv2d_grad_x_kernel[grid](
             grad_y,
-            weight_arguments(values, words, geometry.cols, geometry.cols),
+            _filters(values, words, geometry.cols),
             scale,
             grad_x,
             geometry.arguments(),
@@ -80,8 +107,7 @@ def fill_depthwise_grad(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry:
     """Fill the gradient of the filters."""
     tile = config.depthwise_grad_tile(target.rows)
     blocks = triton.cdiv(target.rows, tile.rows)
-    steps = triton.cdiv(geometry.out_pixels, tile.pixels)
-    parts = config.parts(blocks, steps, programs(x))
+    parts, length = split(x, blocks, geometry.out_pixels, tile.pixels)
     destination = target.destination(parts)
     with on_device(x):
         _depthwise_conv2d_grad_weight_kernel[(blocks, parts)](
@@ -91,7 +117,7 @@ def fill_depthwise_grad(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry:
             target.arguments(),
             geometry.arguments(),
             geometry.out_pixels,
-            triton.cdiv(steps, parts) * tile.pixels,
+            length,
             target.rows // geometry.channels,
             grad_y.stride(),
             x.stride(),
@@ -105,67 +131,89 @@ def fill_depthwise_grad(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry:
 
 
 @triton.jit
-def _load_filter(weight, row, row_ok, starts, position):
+def _filters_kernel(weight, filters, rows, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    starts = row_starts(row, 0, weight[2], weight[4])
+    tile = load_weight(weight, row, row < rows, starts, 0, COLS)
+    at = filters + col.to(tl.int64)[None, :] * rows + row[:, None]
+    ok = (row < rows)[:, None] & (col < weight[2])[None, :]
+    tl.store(at, tile.to(tl.float32), mask=ok)
+
+
+@triton.jit
+def _load_filter(filters, row, row_ok, rows, position):
     """float32 weights of the rows at one kernel position."""
-    values, words, _cols, words_per_row, _period = weight
-    at = words + row.to(tl.int64) * words_per_row + position // 32
-    bits = (tl.load(at, mask=row_ok, other=0) >> (position % 32)) & 1
-    value = tl.load(values + starts + position, mask=row_ok, other=0.0)
-    return tl.where(bits != 0, value.to(tl.float32), 0.0)
+    return tl.load(filters + tl.cast(position, tl.int64) * rows + row, mask=row_ok, other=0.0)
 
 
 @triton.jit
 def _depthwise_conv2d_kernel(
     x,
-    weight,
-    bias,
-    scale,
+    filters,
+    output,
     y,
     geometry,
-    pixels,
+    strips,
     rows,
     rows_per_channel,
     stride_x,
     stride_y,
+    ACTIVATION: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
-    PIXELS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    STRIP: tl.constexpr,
+    STRIPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     across = tl.cdiv(rows, ROWS)
     row = tl.program_id(0) % across * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
-    pixel = tl.program_id(0) // across * PIXELS + tl.arange(0, PIXELS)
-    image, out_row, out_col = pixel_of(pixel, geometry[2], geometry[3])
+    channel = row // rows_per_channel
+    strip = tl.program_id(0) // across * STRIPS + tl.arange(0, STRIPS)
+    image, out_row, out_col = pixel_of(strip, geometry[2], tl.cdiv(geometry[3], STRIP))
+    out_col *= STRIP
     top, left = window(geometry, out_row, out_col)
-    base = image * stride_x[0] + top.to(tl.int64) * stride_x[2] + left.to(tl.int64) * stride_x[3]
-    channel = (row // rows_per_channel).to(tl.int64)
-    base = x + base[:, None] + channel[None, :] * stride_x[1]  # [PIXELS, ROWS]
-    ok = (pixel < pixels)[:, None] & row_ok[None, :]
-    starts = row_starts(row, 0, weight[2], weight[4])
-    acc = tl.zeros((PIXELS, ROWS), tl.float32)
+    ok = (strip < strips)[:, None] & row_ok[None, :]
+    sums = ()
+    for _ in tl.static_range(STRIP):
+        sums += (tl.zeros((STRIPS, ROWS), tl.float32),)
     for r in range(KH):
+        w = ()
         for s in tl.static_range(KW):
-            w = _load_filter(weight, row, row_ok, starts, r * KW + s)
-            down, right = r * geometry[8], s * geometry[9]
-            inside = in_bounds(top + down, left + right, geometry[0], geometry[1])
-            at = base + (tl.cast(down, tl.int64) * stride_x[2] + right * stride_x[3])
-            tile = tl.load(at, mask=ok & inside[:, None], other=0.0)
-            acc += tile.to(tl.float32) * w[None, :]
-    if scale is not None:
-        acc *= tl.load(scale).to(tl.float32)
-    if bias is not None:
-        acc += tl.load(bias + row, mask=row_ok, other=0.0).to(tl.float32)[None, :]
-    out = image * stride_y[0] + out_row.to(tl.int64) * stride_y[2]
-    out += out_col.to(tl.int64) * stride_y[3]
-    out = y + out[:, None] + row.to(tl.int64)[None, :] * stride_y[1]
-    tl.store(out, acc.to(y.dtype.element_ty), mask=ok)
+            w += (_load_filter(filters, row, row_ok, rows, r * KW + s)[None, :],)
+        down = top + r * geometry[8]
+        base = x + image_at(stride_x, image, down, left, channel)
+        for c in tl.static_range((STRIP - 1) * STRIDE + (KW - 1) * DILATION + 1):
+            inside = in_bounds(down, left + c, geometry[0], geometry[1])
+            tile = tl.load(base + c * stride_x[3], mask=ok & inside[:, None], other=0.0)
+            tile = tile.to(tl.float32)
+            new = ()
+            for j in tl.static_range(STRIP):
+                # Column c lies at kernel position (c - j * STRIDE) / DILATION of output pixel j.
+                if (
+                    c >= j * STRIDE
+                    and (c - j * STRIDE) % DILATION == 0
+                    and (c - j * STRIDE) // DILATION < KW
+                ):
+                    new += (sums[j] + tile * w[(c - j * STRIDE) // DILATION],)
+                else:
+                    new += (sums[j],)
+            sums = new
+    for j in tl.static_range(STRIP):
+        col = out_col + j
+        there = ok & (col < geometry[3])[:, None]
+        done = finished(sums[j], output, row, row_ok, rows, ACTIVATION, 1)
+        done = add_residual_of_image(done, output, image, out_row, col, row, there)
+        at = image_at(stride_y, image, out_row, col, row)
+        tl.store(y + at, done.to(y.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _depthwise_conv2d_grad_x_kernel(
     grad_y,
-    weight,
+    filters,
     scale,
     grad_x,
     geometry,
@@ -192,8 +240,7 @@ def _depthwise_conv2d_grad_x_kernel(
         at += out_col.to(tl.int64) * stride_y[3]
         for extra in range(rows_per_channel):
             row = channel * rows_per_channel + extra
-            starts = row_starts(row, 0, weight[2], weight[4])
-            w = _load_filter(weight, row, channel_ok, starts, position)
+            w = _load_filter(filters, row, channel_ok, channels * rows_per_channel, position)
             tile = tl.load(
                 grad_y + at[:, None] + row.to(tl.int64)[None, :] * stride_y[1],
                 mask=ok & there[:, None],
@@ -202,10 +249,8 @@ def _depthwise_conv2d_grad_x_kernel(
             acc += tile.to(tl.float32) * w[None, :]
     if scale is not None:
         acc *= tl.load(scale).to(tl.float32)
-    out = image * stride_x[0] + x_row.to(tl.int64) * stride_x[2]
-    out += x_col.to(tl.int64) * stride_x[3]
-    out = grad_x + out[:, None] + channel.to(tl.int64)[None, :] * stride_x[1]
-    tl.store(out, acc.to(grad_x.dtype.element_ty), mask=ok)
+    at = image_at(stride_x, image, x_row, x_col, channel)
+    tl.store(grad_x + at, acc.to(grad_x.dtype.element_ty), mask=ok)
 
 
 @triton.jit

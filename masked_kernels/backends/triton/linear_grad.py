@@ -13,13 +13,14 @@ from ._helpers import (
     load_weight,
     on_device,
     program_tile,
-    programs,
     row_starts,
+    split,
     store_tile,
     weight_arguments,
 )
 from .bits import decoded
 from .epilogue import WeightGrad, masked_grad, scored_grad, store_grad
+from .settings import settings_of
 
 
 def masked_linear_grad_x(
@@ -29,9 +30,9 @@ def masked_linear_grad_x(
     grad_x = grad_y.new_empty((tokens, cols))
     if grad_x.numel() == 0:
         return grad_x
-    if tokens >= config.many_tokens(grad_y.dtype):
+    if tokens >= config.many_tokens(grad_y.dtype, settings_of(grad_y)):
         return grad_y @ decoded(values, words, cols, scale)
-    tile = config.linear_tile(tokens, cols, grad_y.dtype)
+    tile = config.linear_tile(tokens, cols, grad_y.dtype, settings_of(grad_y))
     grid = (triton.cdiv(cols, tile.rows) * triton.cdiv(tokens, tile.tokens),)
     with on_device(grad_y):
         _masked_linear_grad_x_kernel[grid](
@@ -80,7 +81,7 @@ def fill_grad(target: WeightGrad, grad_y: Tensor, x: Tensor) -> None:
         return
     tile = config.grad_tile(target.rows, x.dtype)
     blocks = triton.cdiv(target.rows, tile.rows) * triton.cdiv(target.cols, config.GRAD_COLS)
-    parts = config.parts(blocks, triton.cdiv(tokens, tile.depth), programs(x))
+    parts, length = split(x, blocks, tokens, tile.depth)
     destination = target.destination(parts)
     with on_device(x):
         _masked_linear_grad_weight_kernel[(blocks, parts)](
@@ -89,7 +90,7 @@ def fill_grad(target: WeightGrad, grad_y: Tensor, x: Tensor) -> None:
             destination,
             target.arguments(),
             tokens,
-            triton.cdiv(tokens, parts * tile.depth) * tile.depth,
+            length,
             grad_y.stride(),
             x.stride(),
             dot_dtype(x.dtype),

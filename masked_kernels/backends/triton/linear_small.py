@@ -18,27 +18,26 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config, interpreted
-from ._helpers import dot_dtype, on_device, programs, takes_weights_from_registers
+from ._helpers import dot_dtype, on_device, split
+from .output import Output, add_residual_of_tokens, finished
+from .settings import architecture
 
 _ROWS, _COLS = 64, 1024  # per program of the first and the last pass
 
 
-def aligned_linear(
-    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
-) -> Tensor:
-    """``masked_linear`` where the period divides the columns."""
+def aligned_linear(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: Output) -> None:
+    """Fill ``y`` where the period divides the columns."""
     tokens, cols = x.shape
     rows, halves = words.shape[0], 2 * words.shape[1]
     slices = config.slices(x.dtype)
-    tile = config.planes_tile(tokens * slices, takes_weights_from_registers(x))
-    steps = triton.cdiv(halves, tile.depth)
+    tile = config.planes_tile(tokens * slices, _takes_weights_from_registers(x))
     blocks = triton.cdiv(rows, tile.rows)
-    parts = config.parts(blocks, steps, programs(x), least=1)
+    parts, length = split(x, blocks, halves, tile.depth, least=1)
+    whole = triton.cdiv(halves, tile.depth) * tile.depth
     dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
-    planes = x.new_empty((16, steps * tile.depth, tile.slots), dtype=dtype)
+    planes = x.new_empty((16, whole, tile.slots), dtype=dtype)
     magnitude = x.new_empty(tile.slots, dtype=torch.float32)
     partial = x.new_empty((parts, tile.slots, rows), dtype=torch.float32)
-    y = x.new_empty((tokens, rows))
     alias = dtype == torch.bfloat16
     with on_device(x):
         _planes_kernel[(triton.cdiv(16 * planes.shape[1], _COLS), tile.slots)](
@@ -62,7 +61,7 @@ def aligned_linear(
             partial,
             rows,
             halves,
-            triton.cdiv(steps, parts) * tile.depth,
+            length,
             planes.shape[1],
             dot_dtype(dtype),
             alias,
@@ -74,9 +73,19 @@ def aligned_linear(
             num_stages=tile.stages,
         )
         _finish_kernel[(triton.cdiv(rows, _ROWS), tokens)](
-            partial, magnitude, bias, scale, y, rows, parts, slices, tile.slots, _ROWS
+            *(partial, magnitude, output.arguments(), y, rows, parts, y.stride()),
+            *(output.activation, slices, tile.slots, _ROWS),
         )
-    return y
+
+
+def _takes_weights_from_registers(x: Tensor) -> bool:
+    """Whether large products of the device read their left operand from registers: all before
+    Blackwell, whose own instruction wants memory, while its older one does not.
+    """
+    if interpreted():
+        return True
+    name = architecture(x)
+    return not name.startswith("sm_") or int(name.removeprefix("sm_")) < 100
 
 
 @triton.jit
@@ -217,11 +226,12 @@ def _aligned_linear_kernel(
 def _finish_kernel(
     partial,
     magnitude,
-    bias,
-    scale,
+    output,
     y,
     rows,
     parts,
+    stride,
+    ACTIVATION: tl.constexpr,
     SLICES: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -237,9 +247,8 @@ def _finish_kernel(
             at = partial + (part * SLOTS + slot).to(tl.int64) * rows + row
             total += tl.load(at, mask=row_ok, other=0.0)
     total *= tl.load(magnitude + token * SLICES)
-    if scale is not None:
-        total *= tl.load(scale).to(tl.float32)
-    if bias is not None:
-        total += tl.load(bias + row, mask=row_ok, other=0.0).to(tl.float32)
-    out = y + token.to(tl.int64) * rows + row
-    tl.store(out, total.to(y.dtype.element_ty), mask=row_ok)
+    total = finished(total[None, :], output, row, row_ok, rows, ACTIVATION, 1)
+    token += tl.arange(0, 1)
+    total = add_residual_of_tokens(total, output, token, row, row_ok[None, :])
+    out = y + token.to(tl.int64)[:, None] * stride[0] + row[None, :] * stride[1]
+    tl.store(out, total.to(y.dtype.element_ty), mask=row_ok[None, :])

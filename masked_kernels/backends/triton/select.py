@@ -1,9 +1,9 @@
 """select_threshold and select_nm, and what all rules share: sort keys and the check for NaN.
 
 A NaN must raise, but a kernel cannot raise. The kernels leave the lowest flat index of a NaN in a
-flag, one a device, and ``raise_if_nan`` reads it after the launch. While a CUDA graph is captured
-nothing may be read: then the flag stays set by a replay, and the next call outside of a capture
-raises.
+flag, one a device, and ``raise_if_nan`` reads it after the launch. The index of the layer among
+those of one call counts before the one in the tensor. While a CUDA graph is captured nothing may be
+read: then the flag stays set by a replay, and the next call outside of a capture raises.
 """
 
 import torch
@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import words_per_row
-from ._helpers import on_device, pack_bits, word_elements
+from ._helpers import WORDS, on_device, pack_bits, word_elements
 
-_WORDS = 64  # per program
 _NO_NAN = tl.constexpr(2**63 - 1)
+NAN_LAYER = tl.constexpr(2**40)
+"""What a layer's index is multiplied by: more than the scores of any tensor."""
 
 _flags: dict[torch.device, Tensor] = {}
 
@@ -24,16 +25,22 @@ def nan_flag(device: torch.device) -> Tensor:
     """Where kernels leave the lowest index of a NaN."""
     if device not in _flags:
         _flags[device] = torch.full((), _NO_NAN.value, dtype=torch.int64, device=device)
+        if device.type == "cuda":  # other streams use it too; an error if a graph is captured
+            torch.cuda.synchronize(device)
     return _flags[device]
 
 
-def raise_if_nan(device: torch.device, name: str = "scores") -> None:
-    """Raise ``ValueError`` for a NaN in ``name`` that a kernel found since the last call."""
+def raise_if_nan(device: torch.device, many: bool = False) -> None:
+    """Raise ``ValueError`` for a NaN that a kernel found since the last call, in one or in one of
+    many scores.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return
-    index = int(_flags[device])
-    if index != _NO_NAN.value:
+    flag = int(_flags[device])
+    if flag != _NO_NAN.value:
         _flags[device].fill_(_NO_NAN.value)
+        layer, index = divmod(flag, NAN_LAYER.value)
+        name = f"scores[{layer}]" if many or layer else "scores"
         raise ValueError(f"{name}: NaN at flat index {index}; scores must not contain NaN")
 
 
@@ -43,7 +50,7 @@ def select_threshold(scores: Tensor, threshold: float) -> Tensor:
         # torch compares a tensor with a number in the dtype of the tensor.
         rounded = torch.tensor(threshold, dtype=scores.dtype).item()
         with on_device(scores):
-            _select_threshold_kernel[(triton.cdiv(words.numel(), _WORDS),)](
+            _select_threshold_kernel[(triton.cdiv(words.numel(), WORDS),)](
                 scores,
                 words,
                 nan_flag(scores.device),
@@ -51,7 +58,7 @@ def select_threshold(scores: Tensor, threshold: float) -> Tensor:
                 *scores.shape,
                 words.shape[1],
                 *scores.stride(),
-                _WORDS,
+                WORDS,
             )
         raise_if_nan(scores.device)
     return words
@@ -61,7 +68,7 @@ def select_nm(scores: Tensor, n: int, m: int, absolute: bool) -> Tensor:
     words = scores.new_empty(_words_shape(scores), dtype=torch.int32)
     if words.numel():
         with on_device(scores):
-            _select_nm_kernel[(triton.cdiv(words.numel(), _WORDS),)](
+            _select_nm_kernel[(triton.cdiv(words.numel(), WORDS),)](
                 scores,
                 words,
                 nan_flag(scores.device),
@@ -71,7 +78,7 @@ def select_nm(scores: Tensor, n: int, m: int, absolute: bool) -> Tensor:
                 words.shape[1],
                 *scores.stride(),
                 absolute,
-                _WORDS,
+                WORDS,
             )
         raise_if_nan(scores.device)
     return words
@@ -113,9 +120,9 @@ def _load_scores(
 
 
 @triton.jit
-def store_words(words, bits, count, BLOCK: tl.constexpr):
-    """Bits [BLOCK, 32] as this program's words."""
-    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def store_words(words, block, bits, count, BLOCK: tl.constexpr):
+    """Bits [BLOCK, 32] as a block of words."""
+    word = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(words + word, pack_bits(bits), mask=word < count)
 
 
@@ -135,7 +142,7 @@ def _select_threshold_kernel(
     score, _row, _col, ok = _load_scores(
         scores, flag, rows, cols, words_per_row, stride_row, stride_col, BLOCK
     )
-    store_words(words, ok & (score > threshold), rows * words_per_row, BLOCK)
+    store_words(words, tl.program_id(0), ok & (score > threshold), rows * words_per_row, BLOCK)
 
 
 @triton.jit
@@ -168,4 +175,4 @@ def _select_nm_kernel(
         other = sort_keys(tl.load(at, mask=there, other=0.0).to(tl.float32), ABSOLUTE)
         before = (other > key) | ((other == key) & (other_col > col))
         ahead += (there & before).to(tl.int32)
-    store_words(words, ok & (ahead < n), rows * words_per_row, BLOCK)
+    store_words(words, tl.program_id(0), ok & (ahead < n), rows * words_per_row, BLOCK)

@@ -1,10 +1,19 @@
-"""select_topk: a radix search for the key of the first score that is kept, then a pass that packs.
+"""select_topk of one tensor or of all layers of a model at once: a radix search for the key of the
+first score that is kept, then a pass that packs.
 
-Four passes over the scores count one byte of the keys each, most significant first, among the keys
-that begin as the bytes found so far. No pass waits for the host: each program works out the bytes
-that are known from the counts. The key found, K, and the number of scores equal to it that must go,
-E, are exact; the last two passes rank the equal ones by their flat index.
+Passes over the scores count one byte of the keys each, most significant first, among the keys that
+begin as the bytes found so far; keys of bfloat16 have two bytes, of float16 three. No pass waits
+for the host: the byte that a pass found is worked out by the programs of the next one. The key
+found, K, and the number of scores equal to it that must go, E, are exact. Where E is not zero, one
+more pass ranks the equal ones by their flat index.
+
+All layers of a dtype share each launch. Where a layer lies and how large it is comes in a table on
+the device. A kernel writes it from its own arguments rather than the host by a copy, so that a CUDA
+graph keeps the addresses that it was captured with.
 """
+
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
@@ -12,129 +21,244 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import words_per_row
-from ._helpers import on_device, programs, word_elements
-from .select import flag_nan, nan_flag, raise_if_nan, sort_keys, store_words
+from . import config, interpreted
+from ._helpers import WORDS, on_device, programs, tl_dtype, word_elements
+from .select import NAN_LAYER, flag_nan, nan_flag, raise_if_nan, sort_keys, store_words
 
-_CHUNK = 4096  # scores a program counts at a time
-_WORDS = 64  # per program of the last passes
-_BYTES = tl.constexpr(4)
+_CHUNK = 2**16 if interpreted() else 2**12  # scores a program counts at a time
+_AT_ONCE = 16  # layers whose facts one launch writes into the table
 _BINS = tl.constexpr(256)
+_KEY_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 3}
+
+# Fields of the table, each of them for all layers one after the other.
+_SCORES = tl.constexpr(0)  # address
+_OUT = tl.constexpr(1)  # address of the words
+_NUMEL = tl.constexpr(2)
+_COLS = tl.constexpr(3)
+_DROP = tl.constexpr(4)
+_LAYER = tl.constexpr(5)  # its index in the call
+_FIRST_COUNT = tl.constexpr(6)  # its first program in the counting passes
+_FIRST_WORDS = tl.constexpr(7)  # its first program in the last passes
+_FIELDS = tl.constexpr(8)
 
 
-def select_topk(scores: Tensor, drop: int, absolute: bool, name: str = "scores") -> Tensor:
-    rows, cols = scores.shape
-    words = scores.new_empty((rows, words_per_row(cols)), dtype=torch.int32)
-    if words.numel() == 0:
-        return words
-    scores = scores.contiguous()
-    flag = nan_flag(scores.device)
-    counts = torch.zeros((_BYTES.value, _BINS.value), dtype=torch.int64, device=scores.device)
-    blocks = triton.cdiv(words.numel(), _WORDS)
-    equals = counts.new_empty(blocks)
-    grid = min(triton.cdiv(scores.numel(), _CHUNK), 2 * programs(scores))
-    shape = (rows, cols, words.shape[1])
-    with on_device(scores):
-        for byte in range(_BYTES.value):
-            _count_kernel[(grid,)](
-                scores, counts, flag, drop, scores.numel(), absolute, byte, _CHUNK
-            )
-        _count_equals_kernel[(blocks,)](scores, counts, equals, drop, *shape, absolute, _WORDS)
-        before = equals.cumsum(0) - equals
-        _select_topk_kernel[(blocks,)](
-            scores, words, counts, before, drop, *shape, absolute, _WORDS
-        )
-    raise_if_nan(scores.device, name)
+def select_topk(scores: Tensor, drop: int, absolute: bool) -> Tensor:
+    words = _new_words(scores)
+    if words.numel():
+        _select([(0, scores.contiguous(), words, drop)], absolute)
+        raise_if_nan(scores.device)
     return words
 
 
+def select_topk_many(scores: list[Tensor], drops: list[int], absolute: bool) -> list[Tensor]:
+    words = [_new_words(s) for s in scores]
+    groups: dict[tuple[torch.device, torch.dtype], list[_Job]] = {}
+    for i, (s, w, drop) in enumerate(zip(scores, words, drops, strict=True)):
+        if w.numel():
+            groups.setdefault((s.device, s.dtype), []).append((i, s.contiguous(), w, drop))
+    for jobs in groups.values():
+        _select(jobs, absolute)
+    for device in {device for device, _ in groups}:
+        raise_if_nan(device, many=True)
+    return words
+
+
+_Job = tuple[int, Tensor, Tensor, int]
+"""A layer's index, contiguous scores, words to fill, and how many scores go."""
+
+
+def _new_words(scores: Tensor) -> Tensor:
+    rows, cols = scores.shape
+    return scores.new_empty((rows, words_per_row(cols)), dtype=torch.int32)
+
+
+def _select(jobs: Sequence[_Job], absolute: bool) -> None:
+    """Fill the words of layers on one device and of one dtype."""
+    some = jobs[0][1]
+    at_once = 1 if len(jobs) == 1 else _AT_ONCE
+    layers = triton.next_power_of_2(triton.cdiv(len(jobs), at_once) * at_once)
+    key_bytes = _KEY_BYTES[some.dtype]
+    total = sum(s.numel() for _, s, _, _ in jobs)
+    counting = [
+        config.parts_of_layer(s.numel(), total, _CHUNK, 2 * programs(some)) for _, s, _, _ in jobs
+    ]
+    packing = [triton.cdiv(w.numel(), WORDS) for _, _, w, _ in jobs]
+    first_count, first_words = ([0, *accumulate(each)] for each in (counting, packing))
+    facts = [
+        (s.data_ptr(), w.data_ptr(), s.numel(), s.shape[1], drop, i, *firsts)
+        for (i, s, w, drop), *firsts in zip(jobs, first_count, first_words, strict=False)
+    ]
+    # Layers that are not there begin where no program is.
+    facts += [(0, 0, 0, 1, 0, 0, first_count[-1], first_words[-1])] * (layers - len(jobs))
+    table = torch.empty((_FIELDS.value, layers), dtype=torch.int64, device=some.device)
+    counts = table.new_zeros((len(jobs), key_bytes, _BINS.value))
+    found = table.new_empty((len(jobs), key_bytes + 1, 2))
+    equals = table.new_zeros(first_words[-1] + 1)
+    aligned = all(s.data_ptr() % 16 == 0 for _, s, _, _ in jobs)
+    scores = (table, tl_dtype(some.dtype), layers, key_bytes, absolute)
+    with on_device(some):
+        for first in range(0, layers, at_once):
+            _table_kernel[(1,)](table, first, layers, tuple(facts[first : first + at_once]))
+        for byte in range(key_bytes):
+            _count_kernel[(first_count[-1],)](
+                *scores, counts, found, nan_flag(some.device), byte, aligned, _CHUNK
+            )
+        _count_equals_kernel[(first_words[-1],)](*scores, counts, found, equals, WORDS)
+        _select_topk_kernel[(first_words[-1],)](*scores, found, equals.cumsum(0), WORDS)
+
+
+@triton.jit(do_not_specialize=["facts"])
+def _table_kernel(table, first, LAYERS: tl.constexpr, facts):
+    """The columns of some layers."""
+    for i in tl.static_range(len(facts)):
+        for field in tl.static_range(_FIELDS):
+            tl.store(table + field * LAYERS + first + i, tl.cast(facts[i][field], tl.int64))
+
+
 @triton.jit
-def _found(counts, drop, BYTES: tl.constexpr):
-    """The first BYTES bytes of K, and how many keys that begin with them must go."""
-    key = tl.zeros((), tl.uint32)
-    left = drop + tl.zeros((), tl.int64)
-    bins = tl.arange(0, _BINS)
-    for byte in tl.static_range(BYTES):
-        count = tl.load(counts + byte * _BINS + bins)
+def _layer_of_program(table, FIRST: tl.constexpr, LAYERS: tl.constexpr):
+    """Which layer this program works for, and its number among those that do."""
+    first = tl.load(table + FIRST * LAYERS + tl.arange(0, LAYERS))
+    layer = tl.sum((first <= tl.program_id(0)).to(tl.int32), axis=0) - 1
+    return layer, tl.program_id(0) - tl.load(table + FIRST * LAYERS + layer)
+
+
+@triton.jit
+def _found_before(
+    table, counts, found, layer, BYTE: tl.constexpr, LAYERS: tl.constexpr, KEY_BYTES: tl.constexpr
+):
+    """The first BYTE bytes of K and how many keys that begin with them must go, by what the last
+    pass counted and what was found before it.
+    """
+    if BYTE == 0:
+        key = tl.zeros((), tl.int64)
+        left = tl.load(table + _DROP * LAYERS + layer)
+    else:
+        at = found + (layer * (KEY_BYTES + 1) + BYTE - 1) * 2
+        key, left = tl.load(at), tl.load(at + 1)
+        bins = tl.arange(0, _BINS)
+        count = tl.load(counts + (layer * KEY_BYTES + BYTE - 1) * _BINS + bins)
         # Bins that go as a whole. When all scores go there is no K; the last bin then loses all.
         whole = (tl.cumsum(count, axis=0) <= left) & (bins < _BINS - 1)
         digit = tl.sum(whole.to(tl.int32), axis=0)
         left -= tl.sum(tl.where(bins < digit, count, 0), axis=0)
-        key = key * _BINS + digit.to(tl.uint32)
+        key = key * _BINS + digit
     return key, left
 
 
 @triton.jit
+def _keep(found, layer, first, key, left, BYTE: tl.constexpr, KEY_BYTES: tl.constexpr):
+    """Leave what was found for the pass after this; the first program of a layer does."""
+    at = found + (layer * (KEY_BYTES + 1) + BYTE) * 2
+    tl.store(at, key, mask=first)
+    tl.store(at + 1, left, mask=first)
+
+
+@triton.jit
 def _count_kernel(
-    scores,
-    counts,
-    flag,
-    drop,
-    total,
+    table,
+    SCORE: tl.constexpr,
+    LAYERS: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    counts,
+    found,
+    flag,
     BYTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    known, _left = _found(counts, drop, BYTE)
+    layer, part = _layer_of_program(table, _FIRST_COUNT, LAYERS)
+    parts = tl.load(table + _FIRST_COUNT * LAYERS + layer + 1, mask=layer + 1 < LAYERS, other=0)
+    parts = tl.where(layer + 1 < LAYERS, parts, tl.num_programs(0))
+    parts -= tl.load(table + _FIRST_COUNT * LAYERS + layer)
+    known, left = _found_before(table, counts, found, layer, BYTE, LAYERS, KEY_BYTES)
+    _keep(found, layer, part == 0, known, left, BYTE, KEY_BYTES)
+    scores = tl.load(table + _SCORES * LAYERS + layer).to(tl.pointer_type(SCORE))
+    if ALIGNED:
+        scores = tl.multiple_of(scores, 16)
+    total = tl.load(table + _NUMEL * LAYERS + layer)
+    named = tl.load(table + _LAYER * LAYERS + layer) * NAN_LAYER
     count = tl.zeros((_BINS,), tl.int32)
-    step = tl.num_programs(0).to(tl.int64) * CHUNK
-    for start in range(tl.program_id(0).to(tl.int64) * CHUNK, total, step):
+    for start in range(part * CHUNK, total, parts * CHUNK):
         index = start + tl.arange(0, CHUNK)
         ok = index < total
         score = tl.load(scores + index, mask=ok, other=0.0).to(tl.float32)
         if BYTE == 0:
-            flag_nan(flag, score, index, ok)
+            flag_nan(flag, score, named + index, ok)
         key = sort_keys(score, ABSOLUTE)
         if BYTE > 0:
-            ok &= (key >> (32 - 8 * BYTE)) == known
+            ok &= (key >> (32 - 8 * BYTE)) == known.to(tl.uint32)
         digit = (key >> (24 - 8 * BYTE)) & (_BINS - 1)
         count += tl.histogram(digit.to(tl.int32), _BINS, mask=ok)
-    tl.atomic_add(counts + BYTE * _BINS + tl.arange(0, _BINS), count.to(tl.int64), mask=count > 0)
+    at = counts + (layer * KEY_BYTES + BYTE) * _BINS + tl.arange(0, _BINS)
+    tl.atomic_add(at, count.to(tl.int64), mask=count > 0)
 
 
 @triton.jit
-def _load_keys(scores, rows, cols, words_per_row, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys [BLOCK, 32] of this program's words, in flat order."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    row, col, ok = word_elements(first, rows, cols, words_per_row, BLOCK)
+def _load_keys(
+    table,
+    layer,
+    block,
+    SCORE: tl.constexpr,
+    LAYERS: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Keys [BLOCK, 32] of a block of words, in flat order, and whether there is such a score."""
+    scores = tl.load(table + _SCORES * LAYERS + layer).to(tl.pointer_type(SCORE))
+    cols = tl.load(table + _COLS * LAYERS + layer)
+    rows = tl.load(table + _NUMEL * LAYERS + layer) // cols
+    row, col, ok = word_elements(block * BLOCK, rows, cols, tl.cdiv(cols, 32), BLOCK)
     score = tl.load(scores + row[:, None] * cols + col, mask=ok, other=0.0)
-    return sort_keys(score, ABSOLUTE), ok
+    return sort_keys(score, ABSOLUTE) >> (32 - 8 * KEY_BYTES), ok
 
 
 @triton.jit
 def _count_equals_kernel(
-    scores,
-    counts,
-    equals,
-    drop,
-    rows,
-    cols,
-    words_per_row,
+    table,
+    SCORE: tl.constexpr,
+    LAYERS: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    counts,
+    found,
+    equals,
     BLOCK: tl.constexpr,
 ):
-    kth, _left = _found(counts, drop, _BYTES)
-    key, ok = _load_keys(scores, rows, cols, words_per_row, ABSOLUTE, BLOCK)
-    equal = (ok & (key == kth)).to(tl.int32).reshape(BLOCK * 32)
-    tl.store(equals + tl.program_id(0), tl.sum(equal, axis=0).to(tl.int64))
+    """For each block the scores equal to K, where some of these must go."""
+    layer, block = _layer_of_program(table, _FIRST_WORDS, LAYERS)
+    kth, left = _found_before(table, counts, found, layer, KEY_BYTES, LAYERS, KEY_BYTES)
+    _keep(found, layer, block == 0, kth, left, KEY_BYTES, KEY_BYTES)
+    if left > 0:
+        key, ok = _load_keys(table, layer, block, SCORE, LAYERS, KEY_BYTES, ABSOLUTE, BLOCK)
+        equal = (ok & (key == kth.to(tl.uint32))).to(tl.int32).reshape(BLOCK * 32)
+        tl.store(equals + 1 + tl.program_id(0), tl.sum(equal, axis=0).to(tl.int64))
 
 
 @triton.jit
 def _select_topk_kernel(
-    scores,
-    words,
-    counts,
-    before,
-    drop,
-    rows,
-    cols,
-    words_per_row,
+    table,
+    SCORE: tl.constexpr,
+    LAYERS: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    found,
+    before,
     BLOCK: tl.constexpr,
 ):
-    kth, left = _found(counts, drop, _BYTES)
-    key, ok = _load_keys(scores, rows, cols, words_per_row, ABSOLUTE, BLOCK)
+    layer, block = _layer_of_program(table, _FIRST_WORDS, LAYERS)
+    at = found + (layer * (KEY_BYTES + 1) + KEY_BYTES) * 2
+    kth, left = tl.load(at).to(tl.uint32), tl.load(at + 1)
+    key, ok = _load_keys(table, layer, block, SCORE, LAYERS, KEY_BYTES, ABSOLUTE, BLOCK)
     equal = (ok & (key == kth)).to(tl.int32)
     in_word = tl.sum(equal, axis=1)
     rank = tl.cumsum(equal, axis=1) - equal + (tl.cumsum(in_word, axis=0) - in_word)[:, None]
-    goes = (key < kth) | ((key == kth) & (tl.load(before + tl.program_id(0)) + rank < left))
-    store_words(words, ok & ~goes, rows * words_per_row, BLOCK)
+    first = tl.load(before + tl.program_id(0) - block)
+    rank += tl.load(before + tl.program_id(0)) - first
+    goes = (key < kth) | ((key == kth) & (rank < left))
+    words = tl.load(table + _OUT * LAYERS + layer).to(tl.pointer_type(tl.int32))
+    cols = tl.load(table + _COLS * LAYERS + layer)
+    count = tl.load(table + _NUMEL * LAYERS + layer) // cols * tl.cdiv(cols, 32)
+    store_words(words, block, ok & ~goes, count, BLOCK)

@@ -155,7 +155,7 @@ void aligned_linear(const AlignedLinear& params, const Exec& exec);
 // As masked_linear, for a dense weight of which only what the mask keeps is there.
 struct CompactLinear {
   const float* x;
-  const float* kept;     // [kept_count], row by row
+  const float* kept; // [kept_count], row by row
   int64_t kept_count;
   const int64_t* starts; // [N], of each row in `kept`
   const uint32_t* words; // [N, ceil(K / 32)]

@@ -80,8 +80,9 @@ void test_compact(const Exec& exec, int64_t tokens, Shape shape, bool has_bias, 
   }
   kept.shrink_to_fit();
   std::vector<float> y(tokens * shape.rows, NAN);
-  compact_linear({p.x.data(), kept.data(), starts.data(), p.words.data(), p.bias_or_null(), p.scale,
-                     tokens, shape.rows, shape.cols, y.data()},
+  compact_linear(
+      {p.x.data(), kept.data(), static_cast<int64_t>(kept.size()), starts.data(), p.words.data(),
+          p.bias_or_null(), p.scale, tokens, shape.rows, shape.cols, y.data()},
       exec);
   p.check(y, exec);
 }

@@ -247,8 +247,9 @@ def test_the_papers_numbers() -> None:
 def test_every_run_of_the_tables_has_a_preset_and_good_flags() -> None:
     import train as example
 
-    for name, schedule in SCHEDULES.items():
+    for schedule in SCHEDULES.values():
         for net, flags in schedule.items():
             for row in (*ROWS, *RATE_ROWS):
                 run = Run("pemn", net, row, 0, flags)
-                example.parse_arguments(run.arguments(Path("runs"))), name
+                parsed = example.parse_arguments(run.arguments(Path("runs")))
+                assert str(parsed.preset) == f"pemn/{net}/{row}"

@@ -2,6 +2,7 @@
 backend.
 """
 
+import signal
 from collections import Counter
 
 import pytest
@@ -31,6 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background jobs ignore SIGINT, and so would the processes that tests stop by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in filter(None, config.getoption("--require-backend").split(",")):
         if reason := backends()[name]:
             raise pytest.UsageError(f"backend {name!r} is required but unavailable: {reason}")

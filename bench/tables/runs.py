@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -98,8 +97,10 @@ class Process:
         return time.monotonic() - self.started
 
     def stop(self) -> None:
-        """Let it end as by Ctrl-C; every completed epoch is kept."""
-        self.popen.send_signal(signal.SIGINT)
+        """End it; every completed epoch is kept. Not by SIGINT, which it may have been told to
+        ignore: a shell tells its background jobs so.
+        """
+        self.popen.terminate()
         self.popen.wait()
 
 

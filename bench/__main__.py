@@ -8,14 +8,16 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import masked_kernels as mk
+from masked_kernels.training.checkpoint import write_atomically
 
 from . import tune
 from .cases import CASES, QUICK
-from .machine import machine, peaks
+from .machine import keep_pages, machine, peaks
 from .report import render
 from .run import WrongResult, run
 
@@ -35,25 +37,25 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     torch.set_num_threads(options.threads)
     seconds = options.seconds or (0.2 if options.quick else 0.4)
-    measured = peaks()
-    results = []
+    command = shlex.join(["python", "-m", "bench", *arguments])
+    results: list[dict[str, Any]] = []
+    report = {
+        "machine": machine(command, keep_pages()),
+        "peaks": peaks(),
+        "backend": options.backend,
+        "cases": results,
+    }
     try:
         for result in run(cases, options.backend, seconds, options.providers):
             results.append(result)
             print(f"{len(results)}/{len(cases)} {result['name']}", file=sys.stderr, flush=True)
+            if options.out:  # after each: some cases take minutes
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                text = json.dumps(report, indent=1) + "\n"
+                write_atomically(options.out, lambda file: file.write(text.encode()))
     except WrongResult as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    command = shlex.join(["python", "-m", "bench", *arguments])
-    report = {
-        "machine": machine(command),
-        "peaks": measured,
-        "backend": options.backend,
-        "cases": results,
-    }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(render(report), end="")
     return 0
 

@@ -54,6 +54,7 @@ def render(result: dict[str, Any]) -> str:
         machine["isa"] or "no native code",
         f"torch {machine['torch']}",
         f"backend {result['backend']}",
+        *(["malloc keeps its pages"] if machine.get("keeps_pages") else []),
         f"commit {commit}",
         machine["date"][:10],
     )

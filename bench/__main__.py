@@ -50,14 +50,18 @@ def main(arguments: list[str] | None = None) -> int:
             results.append(result)
             print(f"{len(results)}/{len(cases)} {result['name']}", file=sys.stderr, flush=True)
             if options.out:  # after each: some cases take minutes
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(report, indent=1) + "\n"
-                write_atomically(options.out, lambda file: file.write(text.encode()))
+                _write(report, options.out)
     except WrongResult as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(render(report), end="")
     return 0
+
+
+def _write(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _parser() -> argparse.ArgumentParser:

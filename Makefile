@@ -35,9 +35,9 @@ demo: .venv/.package
 test: lint ctest
 	@echo '── Python tests'
 	@time $(BIN)/python -m pytest $(PYTEST) --require-backend=cpu,reference
-	@echo '── Triton kernels in the interpreter: a sample of the same tests'
+	@echo '── Triton kernels in the interpreter: the same tests, each pair of parameter values'
 	@time TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -n 2 \
-	  --require-backend=triton --backend=triton --every=16 -k 'not large_layer'
+	  --require-backend=triton --backend=triton --pairwise -k 'not large_layer'
 
 bench: .venv/.package
 	@echo '── Benchmarks, short form'

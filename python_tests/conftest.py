@@ -3,10 +3,10 @@ backend.
 """
 
 import signal
-from collections import Counter
 
 import pytest
 import torch
+from pairwise import pairwise
 
 from masked_kernels import backends
 from masked_kernels.backends import ORDER
@@ -23,11 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", help="run only the tests that run on a backend, on this one")
     parser.addoption("--device", default="cpu", help="where tests make tensors; for a GPU: cuda")
     parser.addoption(
-        "--every",
-        type=int,
-        default=1,
-        help="run every Nth test of each function that has over 30; choose N prime to the lengths "
-        "of their lists of parameters, so that every value of each is still met",
+        "--pairwise",
+        action="store_true",
+        help="of each function only as many tests as meet every pair of values of its parameters",
     )
 
 
@@ -51,27 +49,23 @@ def _poisoned_memory():
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    backend, every = config.getoption("--backend"), config.getoption("--every")
-    asked = [item for item in items if backend is None or _backend_of(item) == backend]
-    size = Counter(map(_function_of, asked))
-    seen: Counter[str] = Counter()
-    chosen = []
-    for item in asked:
-        function = _function_of(item)
-        if size[function] <= 30 or seen[function] % every == 0:
-            chosen.append(item)
-        seen[function] += 1
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    backend = config.getoption("--backend")
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if backend is None or _params_of(item).get("backend") == backend:
+            functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    if config.getoption("--pairwise"):
+        for name, tests in functions.items():  # values are the same objects in all tests
+            rows = [{k: id(value) for k, value in _params_of(test).items()} for test in tests]
+            functions[name] = [tests[i] for i in pairwise(rows)]
+    chosen = {id(item) for tests in functions.values() for item in tests}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+    items[:] = [item for item in items if id(item) in chosen]
 
 
-def _function_of(item: pytest.Item) -> str:
-    return item.nodeid.partition("[")[0]
-
-
-def _backend_of(item: pytest.Item) -> object:
+def _params_of(item: pytest.Item) -> dict[str, object]:
     callspec = getattr(item, "callspec", None)
-    return callspec.params.get("backend") if callspec else None
+    return callspec.params if callspec else {}
 
 
 @pytest.fixture(autouse=True)

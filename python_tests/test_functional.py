@@ -58,6 +58,8 @@ def test_masked_linear(case: Linear, period: str, dtype: torch.dtype, backend: s
     if isinstance(weight, Tensor):
         inputs.append(weight.requires_grad_())
     for kind in MASKS:
+        if (case.m, period, kind) == (1, "1", "all"):
+            continue  # all outputs are one sum, whose error in plain PyTorch is luck
         mask = make_mask(kind, shape)
         y = mk.masked_linear(
             x, weight, mk.PackedMask.from_bool(mask), bias, scale=SCALE, backend=backend

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from bench import aot, sass  # noqa: E402  they import triton
-from masked_kernels.backends.triton import compact  # noqa: E402
+from masked_kernels.backends.triton import compact, config  # noqa: E402
 
 DTYPE = torch.bfloat16
 
@@ -102,13 +102,16 @@ def test_every_op_has_a_call() -> None:
 @pytest.mark.parametrize("name", sorted(calls()))
 def test_compiles(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compact, "check_count", lambda *_: None)  # nothing has been counted
-    for arguments in calls()[name]:
-        kernels = aot.compiled(lambda args=arguments: getattr(backend, name)(*args), target)
-        assert kernels
-        for kernel in kernels:
-            assert kernel.metadata.target == aot.TARGETS[target]
-            assert kernel.metadata.shared <= aot.SHARED_BYTES[target]
-            assert len(kernel.asm["hsaco" if target == "gfx942" else "cubin"]) > 0
+    for warm in (False, True) if "topk" in name else (False,):
+        monkeypatch.setattr(config, "warm_start_pays", lambda total, warm=warm: warm)
+        for arguments in calls()[name]:
+            kernels = aot.compiled(lambda args=arguments: getattr(backend, name)(*args), target)
+            assert kernels
+            assert warm == ("_split_kernel" in {kernel.name for kernel in kernels})
+            for kernel in kernels:
+                assert kernel.metadata.target == aot.TARGETS[target]
+                assert kernel.metadata.shared <= aot.SHARED_BYTES[target]
+                assert len(kernel.asm["hsaco" if target == "gfx942" else "cubin"]) > 0
 
 
 def test_inner_loops_are_what_the_table_says() -> None:

@@ -90,6 +90,13 @@ def parts_of_layer(numel: int, total: int, chunk: int, programs: int) -> int:
     return max(1, min(-(-numel // chunk), programs * numel // total))
 
 
+def warm_start_pays(total: int) -> bool:
+    """Whether a top-k of so many scores is split around the last threshold first: three launches
+    more, and for those a few passes over the scores less.
+    """
+    return total >= 1 << 22
+
+
 def linear_plan(
     tokens: int,
     rows: int,

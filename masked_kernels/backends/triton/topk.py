@@ -7,13 +7,12 @@ for the host: the byte that a pass found is worked out by the programs of the ne
 found, K, and the number of scores equal to it that must go, E, are exact. Where E is not zero, one
 more pass ranks the equal ones by their flat index.
 
-All layers of a dtype share each launch. Where a layer lies and how large it is comes in a table on
-the device. A kernel writes it from its own arguments rather than the host by a copy, so that a CUDA
-graph keeps the addresses that it was captured with.
+All layers of a dtype share each launch. Many scores are first split around the last threshold
+(``topk_warm.py``); where that works out, the passes here are over the few that it put aside.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 import torch
 import triton
@@ -22,24 +21,29 @@ from torch import Tensor
 
 from .._layout import words_per_row
 from . import config, interpreted
-from ._helpers import WORDS, on_device, programs, tl_dtype, word_elements
+from ._helpers import WORDS, on_device, programs, tl_dtype
+from .layers import (
+    DROP,
+    FIELDS,
+    FIRST_COUNT,
+    FIRST_WORDS,
+    LAYER,
+    NUMEL,
+    OUT,
+    SCORES,
+    fact,
+    layer_of_program,
+    layer_table,
+    load_scores,
+    ranks,
+    words_of_layer,
+)
 from .select import NAN_LAYER, flag_nan, nan_flag, raise_if_nan, sort_keys, store_words
+from .topk_warm import warm_start
 
 _CHUNK = 2**16 if interpreted() else 2**12  # scores a program counts at a time
-_AT_ONCE = 16  # layers whose facts one launch writes into the table
 _BINS = tl.constexpr(256)
 _KEY_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 3}
-
-# Fields of the table, each of them for all layers one after the other.
-_SCORES = tl.constexpr(0)  # address
-_OUT = tl.constexpr(1)  # address of the words
-_NUMEL = tl.constexpr(2)
-_COLS = tl.constexpr(3)
-_DROP = tl.constexpr(4)
-_LAYER = tl.constexpr(5)  # its index in the call
-_FIRST_COUNT = tl.constexpr(6)  # its first program in the counting passes
-_FIRST_WORDS = tl.constexpr(7)  # its first program in the last passes
-_FIELDS = tl.constexpr(8)
 
 
 def select_topk(scores: Tensor, drop: int, absolute: bool) -> Tensor:
@@ -75,8 +79,6 @@ def _new_words(scores: Tensor) -> Tensor:
 def _select(jobs: Sequence[_Job], absolute: bool) -> None:
     """Fill the words of layers on one device and of one dtype."""
     some = jobs[0][1]
-    at_once = 1 if len(jobs) == 1 else _AT_ONCE
-    layers = triton.next_power_of_2(triton.cdiv(len(jobs), at_once) * at_once)
     key_bytes = _KEY_BYTES[some.dtype]
     total = sum(s.numel() for _, s, _, _ in jobs)
     counting = [
@@ -84,43 +86,35 @@ def _select(jobs: Sequence[_Job], absolute: bool) -> None:
     ]
     packing = [triton.cdiv(w.numel(), WORDS) for _, _, w, _ in jobs]
     first_count, first_words = ([0, *accumulate(each)] for each in (counting, packing))
+    warm = None
+    if config.warm_start_pays(total):
+        warm = warm_start([job[1:] for job in jobs], counting, absolute)
     facts = [
-        (s.data_ptr(), w.data_ptr(), s.numel(), s.shape[1], drop, i, *firsts)
-        for (i, s, w, drop), *firsts in zip(jobs, first_count, first_words, strict=False)
+        (s.data_ptr(), w.data_ptr(), s.numel(), s.shape[1], drop, i, *firsts, *more)
+        for (i, s, w, drop), *firsts, more in zip(
+            jobs, first_count, first_words, warm.facts if warm else repeat(()), strict=False
+        )
     ]
     # Layers that are not there begin where no program is.
-    facts += [(0, 0, 0, 1, 0, 0, first_count[-1], first_words[-1])] * (layers - len(jobs))
-    table = torch.empty((_FIELDS.value, layers), dtype=torch.int64, device=some.device)
-    counts = table.new_zeros((len(jobs), key_bytes, _BINS.value))
-    found = table.new_empty((len(jobs), key_bytes + 1, 2))
-    equals = table.new_zeros(first_words[-1] + 1)
+    nothing = [0] * (len(facts[0]) - FIELDS)
+    absent = (0, 0, 0, 1, 0, 0, first_count[-1], first_words[-1], *nothing)
     aligned = all(s.data_ptr() % 16 == 0 for _, s, _, _ in jobs)
-    scores = (table, tl_dtype(some.dtype), layers, key_bytes, absolute)
     with on_device(some):
-        for first in range(0, layers, at_once):
-            _table_kernel[(1,)](table, first, layers, tuple(facts[first : first + at_once]))
+        table, layers = layer_table(facts, absent, some.device)
+        counts = table.new_zeros((len(jobs), key_bytes, _BINS.value))
+        found = table.new_empty((len(jobs), key_bytes + 1, 2))
+        equals = table.new_zeros(first_words[-1] + 1)
+        scores = (table, tl_dtype(some.dtype), layers, key_bytes, absolute)
+        if warm is not None:
+            warm.split(table, layers, absolute)
         for byte in range(key_bytes):
             _count_kernel[(first_count[-1],)](
                 *scores, counts, found, nan_flag(some.device), byte, aligned, _CHUNK
             )
         _count_equals_kernel[(first_words[-1],)](*scores, counts, found, equals, WORDS)
         _select_topk_kernel[(first_words[-1],)](*scores, found, equals.cumsum(0), WORDS)
-
-
-@triton.jit(do_not_specialize=["facts"])
-def _table_kernel(table, first, LAYERS: tl.constexpr, facts):
-    """The columns of some layers."""
-    for i in tl.static_range(len(facts)):
-        for field in tl.static_range(_FIELDS):
-            tl.store(table + field * LAYERS + first + i, tl.cast(facts[i][field], tl.int64))
-
-
-@triton.jit
-def _layer_of_program(table, FIRST: tl.constexpr, LAYERS: tl.constexpr):
-    """Which layer this program works for, and its number among those that do."""
-    first = tl.load(table + FIRST * LAYERS + tl.arange(0, LAYERS))
-    layer = tl.sum((first <= tl.program_id(0)).to(tl.int32), axis=0) - 1
-    return layer, tl.program_id(0) - tl.load(table + FIRST * LAYERS + layer)
+        if warm is not None:
+            warm.finish(table, found, layers, key_bytes)
 
 
 @triton.jit
@@ -132,7 +126,7 @@ def _found_before(
     """
     if BYTE == 0:
         key = tl.zeros((), tl.int64)
-        left = tl.load(table + _DROP * LAYERS + layer)
+        left = fact(table, DROP, layer, LAYERS)
     else:
         at = found + (layer * (KEY_BYTES + 1) + BYTE - 1) * 2
         key, left = tl.load(at), tl.load(at + 1)
@@ -168,17 +162,17 @@ def _count_kernel(
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    layer, part = _layer_of_program(table, _FIRST_COUNT, LAYERS)
-    parts = tl.load(table + _FIRST_COUNT * LAYERS + layer + 1, mask=layer + 1 < LAYERS, other=0)
+    layer, part = layer_of_program(table, FIRST_COUNT, LAYERS)
+    parts = tl.load(table + FIRST_COUNT * LAYERS + layer + 1, mask=layer + 1 < LAYERS, other=0)
     parts = tl.where(layer + 1 < LAYERS, parts, tl.num_programs(0))
-    parts -= tl.load(table + _FIRST_COUNT * LAYERS + layer)
+    parts -= fact(table, FIRST_COUNT, layer, LAYERS)
     known, left = _found_before(table, counts, found, layer, BYTE, LAYERS, KEY_BYTES)
     _keep(found, layer, part == 0, known, left, BYTE, KEY_BYTES)
-    scores = tl.load(table + _SCORES * LAYERS + layer).to(tl.pointer_type(SCORE))
+    scores = fact(table, SCORES, layer, LAYERS).to(tl.pointer_type(SCORE))
     if ALIGNED:
         scores = tl.multiple_of(scores, 16)
-    total = tl.load(table + _NUMEL * LAYERS + layer)
-    named = tl.load(table + _LAYER * LAYERS + layer) * NAN_LAYER
+    total = fact(table, NUMEL, layer, LAYERS)
+    named = fact(table, LAYER, layer, LAYERS) * NAN_LAYER
     count = tl.zeros((_BINS,), tl.int32)
     for start in range(part * CHUNK, total, parts * CHUNK):
         index = start + tl.arange(0, CHUNK)
@@ -207,11 +201,7 @@ def _load_keys(
     BLOCK: tl.constexpr,
 ):
     """Keys [BLOCK, 32] of a block of words, in flat order, and whether there is such a score."""
-    scores = tl.load(table + _SCORES * LAYERS + layer).to(tl.pointer_type(SCORE))
-    cols = tl.load(table + _COLS * LAYERS + layer)
-    rows = tl.load(table + _NUMEL * LAYERS + layer) // cols
-    row, col, ok = word_elements(block * BLOCK, rows, cols, tl.cdiv(cols, 32), BLOCK)
-    score = tl.load(scores + row[:, None] * cols + col, mask=ok, other=0.0)
+    score, ok, _index = load_scores(table, layer, block, SCORE, LAYERS, BLOCK)
     return sort_keys(score, ABSOLUTE) >> (32 - 8 * KEY_BYTES), ok
 
 
@@ -228,7 +218,7 @@ def _count_equals_kernel(
     BLOCK: tl.constexpr,
 ):
     """For each block the scores equal to K, where some of these must go."""
-    layer, block = _layer_of_program(table, _FIRST_WORDS, LAYERS)
+    layer, block = layer_of_program(table, FIRST_WORDS, LAYERS)
     kth, left = _found_before(table, counts, found, layer, KEY_BYTES, LAYERS, KEY_BYTES)
     _keep(found, layer, block == 0, kth, left, KEY_BYTES, KEY_BYTES)
     if left > 0:
@@ -248,17 +238,15 @@ def _select_topk_kernel(
     before,
     BLOCK: tl.constexpr,
 ):
-    layer, block = _layer_of_program(table, _FIRST_WORDS, LAYERS)
+    layer, block = layer_of_program(table, FIRST_WORDS, LAYERS)
     at = found + (layer * (KEY_BYTES + 1) + KEY_BYTES) * 2
     kth, left = tl.load(at).to(tl.uint32), tl.load(at + 1)
-    key, ok = _load_keys(table, layer, block, SCORE, LAYERS, KEY_BYTES, ABSOLUTE, BLOCK)
-    equal = (ok & (key == kth)).to(tl.int32)
-    in_word = tl.sum(equal, axis=1)
-    rank = tl.cumsum(equal, axis=1) - equal + (tl.cumsum(in_word, axis=0) - in_word)[:, None]
-    first = tl.load(before + tl.program_id(0) - block)
-    rank += tl.load(before + tl.program_id(0)) - first
-    goes = (key < kth) | ((key == kth) & (rank < left))
-    words = tl.load(table + _OUT * LAYERS + layer).to(tl.pointer_type(tl.int32))
-    cols = tl.load(table + _COLS * LAYERS + layer)
-    count = tl.load(table + _NUMEL * LAYERS + layer) // cols * tl.cdiv(cols, 32)
-    store_words(words, block, ok & ~goes, count, BLOCK)
+    count = words_of_layer(table, layer, LAYERS)
+    if block * BLOCK < count:  # else these scores were not put aside
+        key, ok = _load_keys(table, layer, block, SCORE, LAYERS, KEY_BYTES, ABSOLUTE, BLOCK)
+        first = tl.load(before + tl.program_id(0) - block)
+        earlier = tl.load(before + tl.program_id(0)) - first
+        rank = earlier + ranks((ok & (key == kth)).to(tl.int32))
+        goes = (key < kth) | ((key == kth) & (rank < left))
+        words = fact(table, OUT, layer, LAYERS).to(tl.pointer_type(tl.int32))
+        store_words(words, block, ok & ~goes, count, BLOCK)

@@ -1,0 +1,217 @@
+"""A start of select_topk from the last threshold: one pass splits the scores around it and leaves
+few of them for the search.
+
+The pass sets the bits of all keys above a band around the last threshold, counts those below, and
+puts the scores inside aside, in flat order: each program into a room of its own, filled up with
+scores that rank below any in the band. Where K is in the band and no room was too small, the table
+of layers is rewritten so that the search of ``topk.py`` goes over what was put aside, and the bits
+that it finds are added to the mask last. Else the search goes over the scores as if nothing had
+been done.
+
+The last threshold comes from a table of hints, one a device, made with the first use and kept. A
+tensor's slot is a hash of where its scores lie and of how many go. Two tensors of one slot, or
+other scores at the same address, cost a pass over the scores and never a bit of the result; so
+nobody has to know when a tensor dies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from ._helpers import WORDS, tl_dtype
+from .layers import (
+    COLS,
+    DROP,
+    FIELDS,
+    FIRST_COUNT,
+    LAYER,
+    NUMEL,
+    OUT,
+    SCORES,
+    fact,
+    layer_of_program,
+    load_scores,
+    ranks,
+    words_of_layer,
+)
+from .select import NAN_LAYER, flag_nan, nan_flag, sort_keys, store_words
+
+_SLOTS = 1 << 12
+_ROOM = tl.constexpr(2)  # scores that may be put aside for each word of 32
+_REACH = tl.constexpr(1 << 18)  # of the band around the hint, in keys: 1.6 to 3.1 % of a score
+_BLOCK = 512  # scores put aside that are looked at at a time
+
+_SLOT = tl.constexpr(FIELDS)  # of its hint
+_SPAN = tl.constexpr(FIELDS + 1)  # words that a program of the first pass goes over
+_ROOMS = tl.constexpr(FIELDS + 2)  # scores in all rooms of the layer
+_ASIDE = tl.constexpr(FIELDS + 3)  # address of these
+_PLACES = tl.constexpr(FIELDS + 4)  # address of their bits, counted from the span's first
+_KEPT = tl.constexpr(FIELDS + 5)  # address of the words that say which of them are kept
+_WORDS = tl.constexpr(FIELDS + 6)  # address of the words of the mask
+
+_hints: dict[torch.device, Tensor] = {}
+
+
+def slot(scores: Tensor, drop: int, absolute: bool) -> int:
+    """Of the hint in the table of its device."""
+    return hash((scores.data_ptr(), drop, absolute)) % _SLOTS
+
+
+def hints(device: torch.device) -> Tensor | None:
+    """The last keys, 0 where there was none. None if a CUDA graph is being captured and the device
+    has no table: the graph would own it and clear it with every replay.
+    """
+    if device not in _hints:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        _hints[device] = torch.zeros(_SLOTS, dtype=torch.int64, device=device)
+        if device.type == "cuda":  # other streams use it too
+            torch.cuda.synchronize(device)
+    return _hints[device]
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """The memory of one call, and what each layer's facts gain. ``grid`` is that of the counting
+    passes, whose programs are those of the first pass too.
+    """
+
+    hints: Tensor
+    aside: Tensor
+    facts: list[tuple[int, ...]]
+    grid: tuple[int]
+    memory: tuple[Tensor, ...]  # that the facts have the addresses of
+
+    def split(self, table: Tensor, layers: int, absolute: bool) -> None:
+        """Go over the scores, and point the table at those put aside where that is enough."""
+        seen = table.new_zeros((3, layers))
+        score = tl_dtype(self.aside.dtype)
+        flag = nan_flag(table.device)
+        _split_kernel[self.grid](table, score, layers, absolute, self.hints, seen, flag, WORDS)
+        _settle_kernel[(1,)](table, seen, layers)
+
+    def finish(self, table: Tensor, found: Tensor, layers: int, key_bytes: int) -> None:
+        """Set the bits of the scores put aside that are kept, and leave the hints."""
+        _fill_kernel[self.grid](table, found, self.hints, layers, key_bytes, _BLOCK)
+
+
+def warm_start(
+    jobs: Sequence[tuple[Tensor, Tensor, int]], parts: Sequence[int], absolute: bool
+) -> WarmStart | None:
+    """For scores, words and drops of layers on one device, each gone over by so many programs."""
+    some = jobs[0][0]
+    table = hints(some.device)
+    if table is None:
+        return None
+    # A part is a chunk of several blocks, or all there is, so rooms fill fewer words than masks.
+    sizes = [words.numel() for _, words, _ in jobs]
+    spans = [cdiv(cdiv(size, n), WORDS) * WORDS for size, n in zip(sizes, parts, strict=True)]
+    rooms = [n * span * _ROOM.value for n, span in zip(parts, spans, strict=True)]
+    first = [0, *accumulate(rooms)]
+    aside = some.new_empty(first[-1])
+    places = some.new_empty(first[-1], dtype=torch.int32)
+    kept = some.new_empty(first[-1] // 32, dtype=torch.int32)
+    facts = [
+        (
+            *(slot(scores, drop, absolute), span, room),
+            *(aside.data_ptr() + at * aside.itemsize, places.data_ptr() + at * 4),
+            *(kept.data_ptr() + at // 8, words.data_ptr()),
+        )
+        for (scores, words, drop), span, room, at in zip(jobs, spans, rooms, first, strict=False)
+    ]
+    return WarmStart(table, aside, facts, (sum(parts),), (places, kept))
+
+
+@triton.jit
+def _split_kernel(
+    table,
+    SCORE: tl.constexpr,
+    LAYERS: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    hints,
+    seen,
+    flag,
+    BLOCK: tl.constexpr,
+):
+    layer, part = layer_of_program(table, FIRST_COUNT, LAYERS)
+    hint = tl.load(hints + fact(table, _SLOT, layer, LAYERS))
+    if hint > 0:
+        # Scores that fill a room up have the lowest key of all; no score in the band may.
+        lowest = 0 if ABSOLUTE else 0x7FFFFF
+        lo = tl.maximum(hint - _REACH, lowest + 1).to(tl.uint32)
+        hi = tl.minimum(hint + _REACH, 0xFFFFFFFF).to(tl.uint32)
+        named = fact(table, LAYER, layer, LAYERS) * NAN_LAYER
+        words = fact(table, OUT, layer, LAYERS).to(tl.pointer_type(tl.int32))
+        count = words_of_layer(table, layer, LAYERS)
+        span = fact(table, _SPAN, layer, LAYERS)
+        room = span * _ROOM
+        aside = fact(table, _ASIDE, layer, LAYERS).to(tl.pointer_type(SCORE)) + part * room
+        places = fact(table, _PLACES, layer, LAYERS).to(tl.pointer_type(tl.int32)) + part * room
+        below = tl.zeros((), tl.int64)
+        taken = tl.zeros((), tl.int64)
+        begin = part * span
+        for first in range(begin, tl.minimum(begin + span, count), BLOCK):
+            score, ok, index = load_scores(table, layer, first // BLOCK, SCORE, LAYERS, BLOCK)
+            value = score.to(tl.float32)
+            flag_nan(flag, value, named + index, ok)
+            key = sort_keys(value, ABSOLUTE)
+            store_words(words, first // BLOCK, ok & (key > hi), count, BLOCK)
+            below += tl.sum((ok & (key < lo)).to(tl.int32).reshape(BLOCK * 32), axis=0)
+            inside = ok & (key >= lo) & (key <= hi) & (value == value)
+            at = taken + ranks(inside.to(tl.int32))
+            there = inside & (at < room)
+            bit = (first - begin + tl.arange(0, BLOCK))[:, None] * 32 + tl.arange(0, 32)[None, :]
+            tl.store(aside + at, score, mask=there)
+            tl.store(places + at, bit.to(tl.int32), mask=there)
+            taken += tl.sum(inside.to(tl.int32).reshape(BLOCK * 32), axis=0)
+        filler = 0.0 if ABSOLUTE else -float("inf")
+        for start in range(0, room, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(aside + at, filler, mask=(at >= taken) & (at < room))
+        tl.atomic_add(seen + layer, below)
+        tl.atomic_add(seen + LAYERS + layer, taken)
+        tl.atomic_add(seen + 2 * LAYERS + layer, (taken > room).to(tl.int64))
+
+
+@triton.jit
+def _settle_kernel(table, seen, LAYERS: tl.constexpr):
+    """Let the search go over the scores put aside in those layers whose K is among them."""
+    layer = tl.arange(0, LAYERS)
+    below, inside = tl.load(seen + layer), tl.load(seen + LAYERS + layer)
+    full = tl.load(seen + 2 * LAYERS + layer)
+    drop = fact(table, DROP, layer, LAYERS)
+    hit = (full == 0) & (below <= drop) & (drop < below + inside)
+    rooms = fact(table, _ROOMS, layer, LAYERS)
+    tl.store(table + SCORES * LAYERS + layer, fact(table, _ASIDE, layer, LAYERS), mask=hit)
+    tl.store(table + OUT * LAYERS + layer, fact(table, _KEPT, layer, LAYERS), mask=hit)
+    tl.store(table + NUMEL * LAYERS + layer, rooms, mask=hit)
+    tl.store(table + COLS * LAYERS + layer, rooms, mask=hit)
+    tl.store(table + DROP * LAYERS + layer, drop - below + rooms - inside, mask=hit)
+
+
+@triton.jit
+def _fill_kernel(
+    table, found, hints, LAYERS: tl.constexpr, KEY_BYTES: tl.constexpr, BLOCK: tl.constexpr
+):
+    layer, part = layer_of_program(table, FIRST_COUNT, LAYERS)
+    if fact(table, SCORES, layer, LAYERS) == fact(table, _ASIDE, layer, LAYERS):
+        kept = fact(table, _KEPT, layer, LAYERS).to(tl.pointer_type(tl.int32))
+        places = fact(table, _PLACES, layer, LAYERS).to(tl.pointer_type(tl.int32))
+        span = fact(table, _SPAN, layer, LAYERS)
+        words = fact(table, _WORDS, layer, LAYERS).to(tl.pointer_type(tl.int32)) + part * span
+        room = span * _ROOM
+        for start in range(0, room, BLOCK):
+            in_room = start + tl.arange(0, BLOCK)
+            at = part * room + in_room
+            word = tl.load(kept + at // 32, mask=in_room < room, other=0)
+            keep = ((word >> (at % 32).to(tl.int32)) & 1) != 0
+            place = tl.load(places + at, mask=keep, other=0)
+            tl.atomic_or(words + place // 32, 1 << place % 32, mask=keep)
+    key = tl.load(found + (layer * (KEY_BYTES + 1) + KEY_BYTES) * 2) << (32 - 8 * KEY_BYTES)
+    tl.store(hints + fact(table, _SLOT, layer, LAYERS), key, mask=part == 0)

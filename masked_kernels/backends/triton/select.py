@@ -101,9 +101,10 @@ def sort_keys(score, ABSOLUTE: tl.constexpr):
 @triton.jit
 def flag_nan(flag, score, index, ok):
     """Lower the flag to the lowest index of a NaN."""
-    index = tl.where(ok & (score != score), index.to(tl.int64), _NO_NAN)
-    first = tl.min(index.reshape(index.numel), axis=0)
-    tl.atomic_min(flag, first, mask=first != _NO_NAN)
+    nan = ok & (score != score)
+    if tl.max(nan.to(tl.int32).reshape(nan.numel), axis=0) > 0:
+        index = tl.where(nan, index.to(tl.int64), _NO_NAN)
+        tl.atomic_min(flag, tl.min(index.reshape(index.numel), axis=0))
 
 
 @triton.jit

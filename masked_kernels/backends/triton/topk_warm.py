@@ -150,11 +150,11 @@ def _split_kernel(
         words = fact(table, OUT, layer, LAYERS).to(tl.pointer_type(tl.int32))
         count = words_of_layer(table, layer, LAYERS)
         span = fact(table, _SPAN, layer, LAYERS)
-        room = span * _ROOM
+        room = (span * _ROOM).to(tl.int32)
         aside = fact(table, _ASIDE, layer, LAYERS).to(tl.pointer_type(SCORE)) + part * room
         places = fact(table, _PLACES, layer, LAYERS).to(tl.pointer_type(tl.int32)) + part * room
-        below = tl.zeros((), tl.int64)
-        taken = tl.zeros((), tl.int64)
+        below = tl.zeros((BLOCK, 32), tl.int32)
+        taken = tl.zeros((), tl.int32)
         begin = part * span
         for first in range(begin, tl.minimum(begin + span, count), BLOCK):
             score, ok, index = load_scores(table, layer, first // BLOCK, SCORE, LAYERS, BLOCK)
@@ -162,20 +162,20 @@ def _split_kernel(
             flag_nan(flag, value, named + index, ok)
             key = sort_keys(value, ABSOLUTE)
             store_words(words, first // BLOCK, ok & (key > hi), count, BLOCK)
-            below += tl.sum((ok & (key < lo)).to(tl.int32).reshape(BLOCK * 32), axis=0)
+            below += (ok & (key < lo)).to(tl.int32)
             inside = ok & (key >= lo) & (key <= hi) & (value == value)
             at = taken + ranks(inside.to(tl.int32))
             there = inside & (at < room)
-            bit = (first - begin + tl.arange(0, BLOCK))[:, None] * 32 + tl.arange(0, 32)[None, :]
+            word = (first - begin).to(tl.int32) + tl.arange(0, BLOCK)
             tl.store(aside + at, score, mask=there)
-            tl.store(places + at, bit.to(tl.int32), mask=there)
-            taken += tl.sum(inside.to(tl.int32).reshape(BLOCK * 32), axis=0)
+            tl.store(places + at, word[:, None] * 32 + tl.arange(0, 32)[None, :], mask=there)
+            taken += tl.sum(tl.sum(inside.to(tl.int32), axis=1), axis=0)
         filler = 0.0 if ABSOLUTE else -float("inf")
         for start in range(0, room, BLOCK):
             at = start + tl.arange(0, BLOCK)
             tl.store(aside + at, filler, mask=(at >= taken) & (at < room))
-        tl.atomic_add(seen + layer, below)
-        tl.atomic_add(seen + LAYERS + layer, taken)
+        tl.atomic_add(seen + layer, tl.sum(below.reshape(BLOCK * 32), axis=0).to(tl.int64))
+        tl.atomic_add(seen + LAYERS + layer, taken.to(tl.int64))
         tl.atomic_add(seen + 2 * LAYERS + layer, (taken > room).to(tl.int64))
 
 

@@ -28,6 +28,7 @@ RULES = (
     mk.Threshold(0.0, rescale=True),
     mk.NM(2, 4),
 )
+FORMATS = (torch.contiguous_format, torch.channels_last)
 SCALE = 1.7
 
 
@@ -78,51 +79,73 @@ def test_masked_linear(case: Linear, period: str, dtype: torch.dtype, backend: s
             )
 
 
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("period", PERIODS)
 @pytest.mark.parametrize("case", CONV, ids=str)
-def test_masked_conv2d(case: Conv, period: str, dtype: torch.dtype, backend: str) -> None:
+def test_masked_conv2d(
+    case: Conv, period: str, dtype: torch.dtype, memory_format: torch.memory_format, backend: str
+) -> None:
+    check_masked_conv2d(case, period, dtype, memory_format, "random", backend)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MASKS if kind != "random"])
+@pytest.mark.parametrize("case", CONV, ids=str)
+def test_masked_conv2d_of_other_masks(case: Conv, kind: str, backend: str) -> None:
+    check_masked_conv2d(case, "7", torch.float32, torch.channels_last, kind, backend)
+
+
+def check_masked_conv2d(
+    case: Conv,
+    period: str,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    kind: str,
+    backend: str,
+) -> None:
     weight = make_weight(period, case.weight_shape, dtype)
     written = dense(weight, case.weight_shape)
-    mask = make_mask("random", case.weight_shape)
+    mask = make_mask(kind, case.weight_shape)
     bias = leaf(case.outputs, dtype=dtype)
 
     def conv(x, w, b):
         return F.conv2d(x, w, b, **case.geometry)
 
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(case.batch, case.channels, *case.size).to(dtype)
-        x = x.contiguous(memory_format=memory_format).requires_grad_()
-        inputs = [x, bias, *([weight.requires_grad_()] if isinstance(weight, Tensor) else [])]
-        y = mk.masked_conv2d(
-            x,
-            weight,
-            mk.PackedMask.from_bool(mask),
-            bias,
-            **case.geometry,
-            scale=SCALE,
-            backend=backend,
+    x = torch.randn(case.batch, case.channels, *case.size).to(dtype)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    inputs = [x, bias, *([weight.requires_grad_()] if isinstance(weight, Tensor) else [])]
+    y = mk.masked_conv2d(
+        x,
+        weight,
+        mk.PackedMask.from_bool(mask),
+        bias,
+        **case.geometry,
+        scale=SCALE,
+        backend=backend,
+    )
+    grad_y = torch.randn(y.shape).to(dtype).contiguous(memory_format=memory_format)
+    got = (y.detach(), *torch.autograd.grad(y, inputs, grad_y))
+    truth, plain = (
+        plain_grads(conv, (x, bias), written.detach(), mask, SCALE, grad_y, d)
+        for d in (torch.float64, dtype)
+    )
+    for name, *tensors in zip(("y", "grad x", "grad bias"), got, plain, truth, strict=False):
+        assert_within(name, *tensors)
+    if period == "dense":
+        assert_within(
+            "grad weight", got[3], *(SCALE * torch.where(mask, g[3], 0) for g in (plain, truth))
         )
-        grad_y = torch.randn(y.shape).to(dtype).contiguous(memory_format=memory_format)
-        got = (y.detach(), *torch.autograd.grad(y, inputs, grad_y))
-        truth, plain = (
-            plain_grads(conv, (x, bias), written.detach(), mask, SCALE, grad_y, d)
-            for d in (torch.float64, dtype)
-        )
-        for name, *tensors in zip(("y", "grad x", "grad bias"), got, plain, truth, strict=False):
-            assert_within(name, *tensors)
-        if period == "dense":
-            assert_within(
-                "grad weight", got[3], *(SCALE * torch.where(mask, g[3], 0) for g in (plain, truth))
-            )
-        if case.batch and case.size != (1, 1):
-            assert y.is_contiguous(memory_format=memory_format)
+    if case.batch and case.size != (1, 1):
+        assert y.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("period", ("dense", "7", "K+3"))
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LINEAR, ids=str)
-def test_scored_linear(case: Linear, dtype: torch.dtype, rule: mk.Rule, backend: str) -> None:
+def test_scored_linear(
+    case: Linear, dtype: torch.dtype, rule: mk.Rule, period: str, backend: str
+) -> None:
     shape = (case.n, case.k)
     x, bias, scores = (
         leaf(case.m, case.k, dtype=dtype),
@@ -132,19 +155,32 @@ def test_scored_linear(case: Linear, dtype: torch.dtype, rule: mk.Rule, backend:
     grad_y = torch.randn(case.m, case.n).to(dtype)
     with mk.use_backend("reference"):
         mask = rule(scores).unpack()
-    for period in ("dense", "7", "K+3"):
-        weight = make_weight(period, shape, dtype)
-        y = mk.scored_linear(x, weight, scores, rule, bias, backend=backend)
-        got = (y.detach(), *torch.autograd.grad(y, (x, bias, scores), grad_y))
-        check_scored(
-            got, F.linear, (x, bias), dense(weight, shape), scores, mask, rule, grad_y, dtype
-        )
+    weight = make_weight(period, shape, dtype)
+    y = mk.scored_linear(x, weight, scores, rule, bias, backend=backend)
+    got = (y.detach(), *torch.autograd.grad(y, (x, bias, scores), grad_y))
+    check_scored(got, F.linear, (x, bias), dense(weight, shape), scores, mask, rule, grad_y, dtype)
 
 
+@pytest.mark.parametrize(
+    ("period", "memory_format"),
+    [
+        ("dense", torch.channels_last),
+        ("7", torch.contiguous_format),
+        ("2K", torch.channels_last),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONV, ids=str)
-def test_scored_conv2d(case: Conv, dtype: torch.dtype, rule: mk.Rule, backend: str) -> None:
+def test_scored_conv2d(
+    case: Conv,
+    dtype: torch.dtype,
+    rule: mk.Rule,
+    period: str,
+    memory_format: torch.memory_format,
+    backend: str,
+) -> None:
     bias, scores = leaf(case.outputs, dtype=dtype), leaf(*case.weight_shape, dtype=torch.float32)
     with mk.use_backend("reference"):
         mask = rule(scores).unpack()
@@ -152,28 +188,23 @@ def test_scored_conv2d(case: Conv, dtype: torch.dtype, rule: mk.Rule, backend: s
     def conv(x, w, b):
         return F.conv2d(x, w, b, **case.geometry)
 
-    for period, memory_format in (
-        ("dense", torch.channels_last),
-        ("7", torch.contiguous_format),
-        ("2K", torch.channels_last),
-    ):
-        weight = make_weight(period, case.weight_shape, dtype)
-        x = torch.randn(case.batch, case.channels, *case.size).to(dtype)
-        x = x.contiguous(memory_format=memory_format).requires_grad_()
-        y = mk.scored_conv2d(x, weight, scores, rule, bias, **case.geometry, backend=backend)
-        grad_y = torch.randn(y.shape).to(dtype)
-        got = (y.detach(), *torch.autograd.grad(y, (x, bias, scores), grad_y))
-        check_scored(
-            got,
-            conv,
-            (x, bias),
-            dense(weight, case.weight_shape),
-            scores,
-            mask,
-            rule,
-            grad_y,
-            dtype,
-        )
+    weight = make_weight(period, case.weight_shape, dtype)
+    x = torch.randn(case.batch, case.channels, *case.size).to(dtype)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    y = mk.scored_conv2d(x, weight, scores, rule, bias, **case.geometry, backend=backend)
+    grad_y = torch.randn(y.shape).to(dtype)
+    got = (y.detach(), *torch.autograd.grad(y, (x, bias, scores), grad_y))
+    check_scored(
+        got,
+        conv,
+        (x, bias),
+        dense(weight, case.weight_shape),
+        scores,
+        mask,
+        rule,
+        grad_y,
+        dtype,
+    )
 
 
 def check_scored(got, function, inputs, weight, scores, mask, rule, grad_y, dtype) -> None:

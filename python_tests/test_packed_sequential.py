@@ -49,7 +49,14 @@ def as_pair(value: int | tuple[int, int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def check(case: Conv, period: str, activation: str, dtype: torch.dtype, backend: str) -> None:
+def check(
+    case: Conv,
+    period: str,
+    activation: str,
+    dtype: torch.dtype,
+    backend: str,
+    with_residual: tuple[bool, ...] = (False, True),
+) -> None:
     weight = make_weight(period, case.weight_shape, dtype)
     values = weight.values if isinstance(weight, mk.Prototype) else weight
     mask = make_mask("random", case.weight_shape)
@@ -65,7 +72,9 @@ def check(case: Conv, period: str, activation: str, dtype: torch.dtype, backend:
 
     geometry = [as_pair(value) for value in (case.stride, case.padding, case.dilation)]
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        for residual in (None, torch.randn_like(plain(dtype, None))):
+        for residual in (
+            torch.randn_like(plain(dtype, None)) if r else None for r in with_residual
+        ):
             got = _ops.masked_conv2d_fused(
                 image.contiguous(memory_format=memory_format),
                 values,
@@ -82,11 +91,14 @@ def check(case: Conv, period: str, activation: str, dtype: torch.dtype, backend:
             assert_within("y", got, plain(dtype, residual), plain(torch.float64, residual))
 
 
+@pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("period", ("dense", "7", "K", "2K", "NK+5"))
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_masked_conv2d_fused(case: Conv, period: str, activation: str, backend: str) -> None:
-    check(case, period, activation, torch.float32, backend)
+def test_masked_conv2d_fused(
+    case: Conv, period: str, activation: str, with_residual: bool, backend: str
+) -> None:
+    check(case, period, activation, torch.float32, backend, (with_residual,))
 
 
 def test_other_dtypes_are_the_references() -> None:

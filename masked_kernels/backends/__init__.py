@@ -2,7 +2,8 @@
 
 A backend is a module of this folder with functions named after the ops of ``_ops.py``,
 ``why_unavailable() -> str | None`` and ``why_not(op, *args) -> str | None``; one that chooses among
-kernels has ``kernel_choice(op, *args) -> str | None`` too. Listing its name in ``ORDER`` is all the
+kernels has ``kernel_choice(op, *args) -> str | None`` too, and one that remembers where a tensor's
+top-k threshold was has ``forget_thresholds()``. Listing its name in ``ORDER`` is all the
 registration there is.
 """
 
@@ -127,6 +128,16 @@ def explain_choice(op: str, *args: Any, backend: str = AUTO) -> str:
     kernel_choice = getattr(_module(name), "kernel_choice", None)
     chosen = None if kernel_choice is None else kernel_choice(op, *args)
     return name if chosen is None else f"{name}: {chosen}"
+
+
+def forget_thresholds() -> None:
+    """Start the next selections from nothing, as if no tensor had been selected from: for measuring
+    how long that takes. Masks do not depend on it.
+    """
+    for name in _usable(ORDER):
+        forget = getattr(_module(name), "forget_thresholds", None)
+        if forget is not None:
+            forget()
 
 
 @functools.cache

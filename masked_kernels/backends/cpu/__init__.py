@@ -19,6 +19,7 @@ from torch import Tensor
 from ._native import isa, why_unavailable
 from .bits import (
     decode,
+    forget_thresholds,
     pack,
     popcount,
     select_nm,

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ._native import as_float, isa, native, optional_float, scaled_
-from .aligned import aligned_linear, aligned_linear_grad_x
+from ._native import as_float, is_float, isa, native, optional_float, scaled_
+from .aligned import aligned_linear, aligned_linear_grad_x, bind_aligned_linear
 from .bits import decode
 from .grad import apply_scores, masked_
 from .plan import Plan, linear_plan, row_patterns
@@ -21,6 +21,22 @@ def masked_linear(
     rows = words.shape[0]
     plan = linear_plan(x.shape[0], rows, x.shape[1], values.numel(), x.dtype, isa())
     return LINEAR[plan](x, values, words, bias, scale)
+
+
+def bind_masked_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """``masked_linear`` of tensors like x, the kernel chosen."""
+    rows = words.shape[0]
+    plan = linear_plan(x.shape[0], rows, x.shape[1], values.numel(), x.dtype, isa())
+    if all(t is None or is_float(t) for t in (x, values, bias, scale)) and words.is_contiguous():
+        if plan == "aligned":
+            return bind_aligned_linear(x, values, words, bias, scale)
+        if plan == "direct":
+            run = native().masked_linear.default
+            return lambda x: run(x, values, words, bias, scale)
+    run = LINEAR[plan]
+    return lambda x: run(x, values, words, bias, scale)
 
 
 def masked_linear_grad_x(

@@ -84,7 +84,6 @@ def find(mask: PackedMask, key: Key | None) -> Run | None:
     return bound.run if bound is not None and bound.key == key else None
 
 
-def keep(mask: PackedMask, key: Key | None, run: Run, operands: tuple[object, ...]) -> None:
+def keep(mask: PackedMask, key: Key, run: Run, operands: tuple[object, ...]) -> None:
     """Make of a call that was right the one before."""
-    if key is not None:
-        mask._bound = BoundCall(key, run, operands)
+    mask._bound = BoundCall(key, run, operands)

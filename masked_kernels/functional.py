@@ -192,7 +192,7 @@ def masked_conv2d(
         y = MaskedConv2d.apply(batch, *operands, geometry, backend)  # type: ignore[no-untyped-call]
     else:
         y = _ops.masked_conv2d(batch, *operands, *geometry, backend)
-        if batch is x:
+        if key is not None and batch is x:
             run = bind("masked_conv2d", backend, x, *operands, *geometry)
             _bound.keep(mask, key, run, (*operands, scale))
     return y if x.dim() == 4 else y.squeeze(0)

@@ -9,7 +9,7 @@ from torch.nn.grad import conv2d_weight
 
 from .._layout import conv_memory_format
 from ._native import native, scaled_
-from .bits import decode
+from ._scratch import decoded
 from .grad import apply_scores, masked_
 from .linear import masked_linear, masked_linear_grad_x
 
@@ -134,7 +134,7 @@ def _conv_weight(
     values: Tensor, words: Tensor, scale: Tensor | None, channels: int, kernel_size: list[int]
 ) -> Tensor:
     kh, kw = kernel_size
-    weight = decode(values, words, channels * kh * kw)
+    weight = decoded(values, words, channels * kh * kw)
     return scaled_(weight, scale).view(-1, channels, kh, kw)
 
 

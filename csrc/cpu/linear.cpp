@@ -10,6 +10,7 @@
 #include "masked_kernels/kernels.h"
 
 #include <cstring>
+#include <memory>
 #include <numeric>
 
 namespace masked_kernels {
@@ -260,8 +261,8 @@ void multiply_tile(const MaskedLinear& p, const RowWindows<float>& windows, cons
   struct alignas(64) Vector {
     float lane[kLanes];
   };
-  std::vector<Vector> packed(kCached / kLanes);
-  float* x = packed.front().lane;
+  const std::unique_ptr<Vector[]> packed(new Vector[kCached / kLanes]); // not initialised
+  float* x = packed[0].lane;
 
   const int64_t tokens = tile.token_end - tile.token_begin;
   const int64_t token_blocks = ceil_div(tokens, kernels.tokens);

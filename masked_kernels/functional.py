@@ -6,16 +6,16 @@ shape or a Prototype, read as ``flat[i] = values[i % period]``. float32, bfloat1
 scores keep theirs. Shapes: M tokens, K inputs, N outputs; B, C, H, W as in ``F.conv2d``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _ops
+from . import _bound, _ops
 from ._checks import check_device, check_float, check_like, check_shape, check_type, pair
 from .autograd import GeluBatchNorm, MaskedConv2d, MaskedLinear, ScoredConv2d, ScoredLinear
-from .backends import AUTO
+from .backends import AUTO, bind
 from .backends._layout import at_least_float32
 from .mask import PackedMask
 from .prototype import Prototype
@@ -50,14 +50,23 @@ def masked_linear(
         ``[..., N]``, dtype of x (or of autocast). Differentiable once in x, bias and a dense
         weight.
     """
+    key = _bound.key_of("masked_linear", x, weight, mask, bias, scale, backend)
+    if run := _bound.find(mask, key):
+        return run(x)
     x, values, bias = _autocast(x, weight, bias)
     check_type("mask", mask, PackedMask)
     _check_linear(x, values, "mask", mask.shape)
     _check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
-    arguments = (_tokens(x), values, mask.words, bias, _scale(scale, x))
-    run = MaskedLinear.apply if _wants_grad(x, values, bias) else _ops.masked_linear
-    y: Tensor = run(*arguments, backend or AUTO)
+    operands = (values, mask.words, bias, _scale(scale, x))
+    backend = backend or AUTO
+    if _wants_grad(x, values, bias):
+        y: Tensor = MaskedLinear.apply(_tokens(x), *operands, backend)  # type: ignore[no-untyped-call]
+    else:
+        y = _ops.masked_linear(_tokens(x), *operands, backend)
+        if key is not None:
+            run = _over_tokens(bind("masked_linear", backend, _tokens(x), *operands), x)
+            _bound.keep(mask, key, run, (*operands, scale))
     return _restore(y, x)
 
 
@@ -165,6 +174,10 @@ def masked_conv2d(
         ``[B, N, H', W']``, dtype of x (or of autocast). Differentiable once in x, bias and a dense
         weight.
     """
+    asked = (stride, padding, dilation, groups)
+    key = _bound.key_of("masked_conv2d", x, weight, mask, bias, scale, backend, asked)
+    if run := _bound.find(mask, key):
+        return run(x)
     x, values, bias = _autocast(x, weight, bias)
     check_type("mask", mask, PackedMask)
     batch, geometry = _check_conv2d(
@@ -172,12 +185,16 @@ def masked_conv2d(
     )
     _check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
-    arguments = (batch, values, mask.words, bias, _scale(scale, x), list(mask.shape[2:]))
+    operands = (values, mask.words, bias, _scale(scale, x), list(mask.shape[2:]))
+    backend = backend or AUTO
     y: Tensor
     if _wants_grad(x, values, bias):
-        y = MaskedConv2d.apply(*arguments, geometry, backend or AUTO)  # type: ignore[no-untyped-call]
+        y = MaskedConv2d.apply(batch, *operands, geometry, backend)  # type: ignore[no-untyped-call]
     else:
-        y = _ops.masked_conv2d(*arguments, *geometry, backend or AUTO)
+        y = _ops.masked_conv2d(batch, *operands, *geometry, backend)
+        if key is not None and batch is x:
+            run = bind("masked_conv2d", backend, x, *operands, *geometry)
+            _bound.keep(mask, key, run, (*operands, scale))
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -447,6 +464,11 @@ def _tokens(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def _over_tokens(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """``run``, of ``[M, K]``, for tensors of the dimensions of x."""
+    return run if x.dim() == 2 else lambda x: _restore(run(_tokens(x)), x)
 
 
 def _restore(y: Tensor, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class PackedMask:
         shape: the weight's shape.
     """
 
-    __slots__ = ("_shape", "_words")
+    __slots__ = ("_bound", "_shape", "_words")  # _bound belongs to _bound.py
 
     def __init__(self, words: Tensor, shape: torch.Size | tuple[int, ...]) -> None:
         check_type("words", words, Tensor)
@@ -44,6 +44,7 @@ class PackedMask:
         rows, cols = matrix_shape(self._shape)
         check_shape("words", words, (rows, words_per_row(cols)))
         self._words = words
+        self._bound: Any = None
 
     @classmethod
     def from_bool(cls, mask: Tensor) -> "PackedMask":

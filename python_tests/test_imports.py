@@ -22,7 +22,11 @@ LAYERS = {
     "prototype": {"_ops", "_checks", "backends", "draw"},
     "rules": {"_ops", "_checks", "backends", "mask"},
     "autograd": {"_ops"},
-    "functional": {"_ops", "autograd", "_checks", "backends", "mask", "prototype", "rules"},
+    "_bound": {"backends", "mask", "prototype"},
+    "functional": {
+        *("_bound", "_ops", "autograd", "_checks", "backends"),
+        *("mask", "prototype", "rules"),
+    },
     "nn": {
         *("functional", "_ops", "_checks", "_text", "backends"),
         *("draw", "mask", "prototype", "rules"),

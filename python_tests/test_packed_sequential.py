@@ -154,7 +154,7 @@ def trained(align: bool = True) -> nn.Module:
 
 
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ops that run from now on, in order."""
+    """The ops that run from now on, in order; the same product again does not show."""
     calls: list[str] = []
     select = _ops.select
 
@@ -179,7 +179,8 @@ def test_packed_model(align: bool, backend: str, monkeypatch: pytest.MonkeyPatch
         for image in (x, x.contiguous(memory_format=torch.channels_last)):
             calls.clear()
             assert_within("logits", packed(image), expected, truth.double()(image.double()))
-            assert calls == ["masked_conv2d_fused", "masked_conv2d_chain", "masked_linear"]
+            assert calls[:2] == ["masked_conv2d_fused", "masked_conv2d_chain"]
+            assert calls[2:] in ([], ["masked_linear"])
             assert packed.stem(image).is_contiguous(memory_format=torch.channels_last)
     again = copy.deepcopy(packed)
     mk.materialize_(again)

@@ -59,6 +59,22 @@ def test_topk_against_loops(shape: tuple[int, ...], kind: str, backend: str) -> 
             assert int(mask.sum()) == scores.numel() - int((1 - density) * scores.numel())
 
 
+@pytest.mark.parametrize("size", [50, 3000])
+def test_topk_of_a_tensor_that_moves(size: int, backend: str) -> None:
+    """A backend may start where the threshold was; what it finds must not show that."""
+    rule, scores = mk.TopK(0.4), torch.randn(size)
+    for step in (0, 1e-3, 1e-3, 1e-1, 10, 0, 1e-3):
+        scores += step * torch.randn(size)
+        scores[::7] = scores[3]  # ties, now and then at the threshold
+        assert torch.equal(
+            select(rule, scores, backend), select(rule, scores.double(), "reference")
+        )
+    together = [scores, -scores[: size // 2].clone()]
+    with mk.use_backend(backend):
+        for words, alone in zip(rule.select_many(together), map(rule, together), strict=True):
+            assert torch.equal(words, alone.words)
+
+
 @pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "extreme"])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) > 1], ids=str)
 def test_nm_against_loops(shape: tuple[int, ...], kind: str, backend: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import masked_kernels as mk
+from masked_kernels.backends import forget_thresholds
 
 from ..problem import Case, ErrorOf, Problem, Provider
 from ..providers import sort_and_scatter, topk_and_scatter
@@ -22,7 +23,8 @@ STEP = 1e-3
 class SelectTopK(Case):
     """``numel`` float32 scores to the mask of the largest half by magnitude.
 
-    ``warm`` takes a small step in place between the calls, as training does.
+    ``warm`` takes a small step in place between the calls, as training does; else nothing is known
+    of the scores.
     """
 
     numel: int
@@ -46,16 +48,25 @@ class SelectTopK(Case):
 
         def provider(run: Callable[[Tensor], Any], moved: int | None = None) -> Provider:
             if not self.warm:
-                return Provider(run, moved=moved)
+                return Provider(run, refresh=_forgotten, moved=moved)
             step = self._steps()
             return Provider(run, prepare=Tensor.clone, refresh=step, moved=moved)
+
+        def cold() -> Provider:
+            step = self._steps()
+            return Provider(
+                ours,
+                prepare=Tensor.clone,
+                refresh=lambda scores: _forgotten(step(scores)),
+                moved=moved,
+            )
 
         providers = {
             "ours": lambda: provider(ours, moved),
             "torch.topk": lambda: provider(lambda scores: topk_and_scatter(scores, keep)),
         }
-        if self.warm:  # a new tensor has no past
-            providers["ours, cold"] = lambda: Provider(ours, refresh=Tensor.clone, moved=moved)
+        if self.warm:
+            providers["ours, cold"] = cold
         else:
             providers["sort and scatter"] = lambda: Provider(
                 lambda scores: sort_and_scatter(scores.abs(), keep)
@@ -73,6 +84,12 @@ class SelectTopK(Case):
         a, b = (STEP * torch.randn(1, self.numel, generator=generator) for _ in range(2))
         steps = cycle((a, b, -a, -b))
         return lambda scores: scores.add_(next(steps))
+
+
+def _forgotten(scores: Tensor) -> Tensor:
+    """The scores, as if none had been selected from."""
+    forget_thresholds()
+    return scores
 
 
 def _selection_error(scores: Tensor, keep: int) -> ErrorOf:

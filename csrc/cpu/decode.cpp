@@ -27,8 +27,43 @@ void decode_span(const T* values, const uint32_t* words, int64_t count, T* out) 
 
 #if MK_X86
 namespace avx2 {
+
+// All ones in the lanes whose bit is set in both.
+template <class T>
+MK_AVX2 MK_INLINE __m256i lanes_of(__m256i word, __m256i bits) {
+  const __m256i set = _mm256_and_si256(word, bits);
+  return sizeof(T) == 2   ? _mm256_cmpeq_epi16(set, bits)
+         : sizeof(T) == 4 ? _mm256_cmpeq_epi32(set, bits)
+                          : _mm256_cmpeq_epi64(set, bits);
+}
+
 template <class T>
 MK_AVX2 void decode_span(const T* values, const uint32_t* words, int64_t count, T* out) {
+  constexpr int kParts = sizeof(T), kLanes = kWordBits / kParts;
+  // Bit l of each lane l, of as many bits of the word as a lane of 16 bits holds.
+  T bit_of_lane[kParts][kLanes];
+  for (int part = 0; part < kParts; ++part)
+    for (int lane = 0; lane < kLanes; ++lane)
+      bit_of_lane[part][lane] =
+          static_cast<T>(uint64_t{1} << (part * kLanes + lane) % (8 * sizeof(T)));
+  __m256i bits[kParts];
+  for (int part = 0; part < kParts; ++part)
+    bits[part] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bit_of_lane[part]));
+  for (; count >= kWordBits; count -= kWordBits, values += kWordBits, out += kWordBits) {
+    const uint32_t word = *words++;
+    // Lanes of 16 bits see a half of the word each.
+    const __m256i low = sizeof(T) == 8   ? _mm256_set1_epi64x(word)
+                        : sizeof(T) == 4 ? _mm256_set1_epi32(static_cast<int>(word))
+                                         : _mm256_set1_epi16(static_cast<int16_t>(word));
+    const __m256i high = sizeof(T) == 2 ? _mm256_set1_epi16(static_cast<int16_t>(word >> 16)) : low;
+#pragma GCC unroll 16
+    for (int part = 0; part < kParts; ++part) {
+      const auto* from = reinterpret_cast<const __m256i*>(values + part * kLanes);
+      const __m256i kept = lanes_of<T>(2 * part < kParts ? low : high, bits[part]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + part * kLanes),
+          _mm256_and_si256(kept, _mm256_loadu_si256(from)));
+    }
+  }
   decode_span_body(values, words, count, out);
 }
 } // namespace avx2

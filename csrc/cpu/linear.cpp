@@ -10,6 +10,7 @@
 #include "masked_kernels/kernels.h"
 
 #include <cstring>
+#include <memory>
 #include <numeric>
 
 namespace masked_kernels {
@@ -66,37 +67,34 @@ constexpr Kernels kKernels = {
 #if MK_X86
 namespace avx2 {
 
-// Lanes from their bits in every lane of `bits`.
-MK_AVX2 MK_INLINE __m256i expand(__m256i bits, __m256i lane_bit) {
-  return _mm256_cmpeq_epi32(_mm256_and_si256(bits, lane_bit), lane_bit);
-}
+constexpr int kHalf = kLanes / 2; // of a vector of x, what a register holds
 
 template <int kRows, int kTokens>
 struct Sums {
   __m256 at[kRows][kTokens];
 };
 
-// Adds the 16 columns from k on. Their bits are in every lane of each row's `bits`. With kPartial,
-// values whose bit is not set are not read.
-template <bool kPartial, int kRows, int kTokens>
-MK_AVX2 MK_INLINE void add_columns(const Rows& rows, const __m256i (&bits)[kRows], const float* x,
+// Adds the first kHalves * kHalf of the 32 columns from k on; their words are in every lane of each
+// row's `words`. With kPartial, values whose bit is not set are not read.
+template <int kHalves, bool kPartial, int kRows, int kTokens>
+MK_AVX2 MK_INLINE void add_columns(const Rows& rows, const __m256i (&words)[kRows], const float* x,
     int64_t k, Sums<kRows, kTokens>& sums) {
-  constexpr int64_t kHalf = kLanes / 2;
-  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-#pragma GCC unroll 2
-  for (int64_t half = 0; half < kLanes; half += kHalf) {
-    const __m256i lane_bit = half == 0 ? low : _mm256_slli_epi32(low, kHalf);
+  const __m256i first_to_sign = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+#pragma GCC unroll 4
+  for (int half = 0; half < kHalves; ++half) {
+    const __m256i to_sign = _mm256_sub_epi32(first_to_sign, _mm256_set1_epi32(half * kHalf));
     __m256 w[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m256i set = expand(bits[r], lane_bit);
-      const float* values = rows.values[r] + k + half;
-      w[r] = kPartial ? _mm256_maskload_ps(values, set)
-                      : _mm256_and_ps(_mm256_castsi256_ps(set), _mm256_loadu_ps(values));
+      const __m256i signs = _mm256_sllv_epi32(words[r], to_sign);
+      const float* values = rows.values[r] + k + half * kHalf;
+      w[r] = kPartial ? _mm256_maskload_ps(values, signs)
+                      : _mm256_and_ps(_mm256_castsi256_ps(_mm256_srai_epi32(signs, 31)),
+                            _mm256_loadu_ps(values));
     }
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      const __m256 xs = _mm256_loadu_ps(x + t * kLanes + half);
+      const __m256 xs = _mm256_loadu_ps(x + (half / 2 * kTokens + t) * kLanes + half % 2 * kHalf);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
         sums.at[r][t] = _mm256_fmadd_ps(w[r], xs, sums.at[r][t]);
@@ -113,29 +111,30 @@ MK_AVX2 void micro_kernel(const Rows& rows, const float* x, int64_t count, float
     for (int t = 0; t < kTokens; ++t)
       acc.at[r][t] = _mm256_setzero_ps();
 
-  __m256i bits[kRows];
-  const auto load_bits = [&](int64_t k, uint32_t columns) MK_AVX2 {
+  __m256i words[kRows];
+  const auto load_words = [&](int64_t k, uint32_t columns) MK_AVX2 {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const uint32_t word = rows.words[r][k / kWordBits] >> k % kWordBits & columns;
-      bits[r] = _mm256_set1_epi32(static_cast<int>(word));
-    }
+    for (int r = 0; r < kRows; ++r)
+      words[r] = _mm256_set1_epi32(static_cast<int>(rows.words[r][k / kWordBits] & columns));
   };
   int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes, x += kTokens * kLanes) {
-    load_bits(k, ~0u);
-    add_columns<false>(rows, bits, x, k, acc);
+  for (; k + kWordBits <= count; k += kWordBits, x += 2 * kTokens * kLanes) {
+    load_words(k, ~0u);
+    add_columns<4, false>(rows, words, x, k, acc);
   }
   if (k < count) {
-    load_bits(k, low_bits(count - k));
-    add_columns<true>(rows, bits, x, k, acc);
+    load_words(k, low_bits(count - k));
+    if (count - k > kLanes) // x ends with a whole vector
+      add_columns<4, true>(rows, words, x, k, acc);
+    else
+      add_columns<2, true>(rows, words, x, k, acc);
   }
 
   for (int r = 0; r < kRows; ++r) {
     for (int t = 0; t < kTokens; ++t) {
-      float lanes[kLanes / 2];
+      float lanes[kHalf];
       _mm256_storeu_ps(lanes, acc.at[r][t]);
-      sums[r * kTokens + t] = std::accumulate(lanes, lanes + kLanes / 2, 0.0f);
+      sums[r * kTokens + t] = std::accumulate(lanes, lanes + kHalf, 0.0f);
     }
   }
 }
@@ -262,8 +261,8 @@ void multiply_tile(const MaskedLinear& p, const RowWindows<float>& windows, cons
   struct alignas(64) Vector {
     float lane[kLanes];
   };
-  std::vector<Vector> packed(kCached / kLanes);
-  float* x = packed.front().lane;
+  const std::unique_ptr<Vector[]> packed(new Vector[kCached / kLanes]); // not initialised
+  float* x = packed[0].lane;
 
   const int64_t tokens = tile.token_end - tile.token_begin;
   const int64_t token_blocks = ceil_div(tokens, kernels.tokens);

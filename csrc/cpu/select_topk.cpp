@@ -1,12 +1,11 @@
 // Scores to packed masks: exact top-k, in one pass over the scores.
 //
-// A sample says between which two keys the threshold lies in all likelihood. The pass writes a bit
+// A guess says between which two keys the threshold lies in all likelihood. The pass writes a bit
 // for every key above that band and puts the few scores inside it aside; counting among those finds
-// the threshold, and their bits are set last. Where the band misses, or holds too many scores to
-// put aside (equal ones, say), all scores are counted instead and a last pass writes the words.
-//
-// Starting from a layer's last threshold instead would save the sample, less than a tenth of the
-// time, and miss when scores have moved.
+// the threshold, and their bits are set last. The first guess is what surrounds the threshold of
+// the last selection, where that is known; the second is drawn from a sample. Where a band misses,
+// or holds too many scores to put aside (equal ones, say), the next is tried; in the end all scores
+// are counted and a last pass writes the words.
 #include "scores.h"
 #include "spans.h"
 
@@ -469,6 +468,47 @@ class Selection {
 
   // False if a score is NaN.
   bool run() const {
+    const bool warm = p_.last && p_.last->reach >= 0;
+    const Outcome outcome = warm ? follow(*p_.last) : Outcome::outside;
+    if (outcome == Outcome::done || outcome == Outcome::nan)
+      return outcome == Outcome::done;
+    const auto key = search();
+    if (key && p_.last)
+      *p_.last = {*key, warm ? p_.last->reach : kFirstReach};
+    return key.has_value();
+  }
+
+ private:
+  static constexpr int64_t kMostSampled = 1 << 16, kLeastSampled = 1 << 10;
+  // Of a LastCut. The first is about a hundredth of a key's value, more than a step of training.
+  static constexpr int kFirstReach = 18, kLeastReach = 4, kMostReach = 28;
+
+  enum class Outcome { done, nan, outside, full };
+  struct Split {
+    Outcome outcome;
+    uint32_t key = 0;   // the threshold
+    int64_t inside = 0; // scores that were put aside
+  };
+
+  // Looks around the last threshold, and makes of `last` what is to be tried next time: with such a
+  // reach that the threshold lies within and few scores do.
+  Outcome follow(LastCut& last) const {
+    const uint32_t distance = 1u << last.reach;
+    const Band band = {
+        last.key - std::min(last.key, distance), last.key + std::min(~last.key, distance)};
+    const int64_t few = std::max<int64_t>(32, shape_.elements() / 64);
+    const Split found = split(band, 4 * few / tasks_);
+    if (found.outcome == Outcome::done)
+      last.key = found.key;
+    if (found.outcome == Outcome::outside)
+      last.reach = std::min(last.reach + 2, kMostReach);
+    if (found.outcome == Outcome::full || found.inside > few)
+      last.reach = std::max(last.reach - 1, kLeastReach);
+    return found.outcome;
+  }
+
+  // The threshold of scores of which nothing is known, or nothing if one is NaN.
+  std::optional<uint32_t> search() const {
     const int64_t elements = shape_.elements();
     // The rarer the scores inside the band, the larger the sample; this size costs the least.
     const int64_t sample_size = std::min(elements / 32, kMostSampled);
@@ -476,21 +516,18 @@ class Selection {
       return count(kWhole);
     const auto band = sample_band<kAbsolute>(p_.scores, elements, p_.drop, sample_size, exec_.isa);
     if (!band)
-      return false;
+      return std::nullopt;
     const int64_t expected = 5 / std::sqrt(sample_size) * elements / tasks_;
-    switch (split(*band, 4 * expected)) {
-    case Split::done:
-      return true;
-    case Split::nan:
-      return false;
+    const Split found = split(*band, 4 * expected);
+    switch (found.outcome) {
+    case Outcome::done:
+      return found.key;
+    case Outcome::nan:
+      return std::nullopt;
     default:
       return count(range_of(band->lo, band->hi));
     }
   }
-
- private:
-  static constexpr int64_t kMostSampled = 1 << 16, kLeastSampled = 1 << 10;
-  enum class Split { done, nan, missed };
 
   // Tasks own consecutive words, the same ones in every pass, so that each knows how many equal
   // keys come before its own.
@@ -540,15 +577,15 @@ class Selection {
     std::vector<Slice> slices;
     for (const Aside& aside : asides) {
       if (aside.nan)
-        return Split::nan;
+        return {Outcome::nan};
       if (aside.full())
-        return Split::missed;
+        return {Outcome::full};
       below -= aside.above + aside.count();
       inside += aside.count();
       slices.push_back({aside.scores.get(), aside.count()});
     }
     if (p_.drop < below || p_.drop >= below + inside)
-      return Split::missed;
+      return {Outcome::outside};
 
     const auto cut =
         find_cut<kAbsolute>(slices, p_.drop - below, range_of(band.lo, band.hi), exec_);
@@ -559,17 +596,17 @@ class Selection {
       cut_span(aside.scores.get(), aside.count(), cut->key, ties, kept.data());
       fill_gaps(aside, kept.data(), p_.words + first_word(task));
     });
-    return Split::done;
+    return {Outcome::done, cut->key, inside};
   }
 
-  // Several passes over the scores, whatever they are. False if one is NaN.
-  bool count(Range range) const {
+  // The threshold by several passes over the scores, whatever they are; nothing if one is NaN.
+  std::optional<uint32_t> count(Range range) const {
     std::vector<Slice> slices;
     for (int64_t task = 0; task < tasks_; ++task)
       slices.push_back(slice(task));
     const auto cut = find_cut<kAbsolute>(slices, p_.drop, range, exec_);
     if (!cut)
-      return false;
+      return std::nullopt;
     const auto cut_span = MK_BY_ISA(exec_.isa, cut_span<kAbsolute>);
     each_task([&](int64_t task) {
       int64_t ties = cut->ties[task];
@@ -577,7 +614,7 @@ class Selection {
         cut_span(p_.scores + s.element, s.count, cut->key, ties, p_.words + s.word);
       });
     });
-    return true;
+    return cut->key;
   }
 
   const SelectTopk& p_;

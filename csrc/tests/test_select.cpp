@@ -37,12 +37,12 @@ void check_words(
   CHECK(words == expected, what, shape.rows, shape.cols);
 }
 
-void test_topk(
-    const Exec& exec, const std::vector<float>& scores, Shape shape, int64_t drop, bool absolute) {
+void test_topk(const Exec& exec, const std::vector<float>& scores, Shape shape, int64_t drop,
+    bool absolute, LastCut* last = nullptr) {
   Mask kept(shape.elements(), true);
   drop_smallest(scores, 0, shape.elements(), drop, absolute, kept);
   std::vector<uint32_t> words(shape.words(), ~0u);
-  CHECK(select_topk({scores.data(), shape, drop, absolute, words.data()}, exec) == -1,
+  CHECK(select_topk({scores.data(), shape, drop, absolute, words.data(), last}, exec) == -1,
       name(exec.isa));
   check_words(words, shape, kept, name(exec.isa));
 }
@@ -145,6 +145,41 @@ std::vector<float> growing(int64_t count, Random& random) {
   return scores;
 }
 
+// Masks do not depend on where the search starts: scores that stay, move a little, move all over
+// and tie, and cuts that no scores had.
+void test_last_cut(const Exec& exec, Shape shape, Random& random) {
+  const int64_t n = shape.elements();
+  for (const bool absolute : {false, true})
+    for (const int64_t drop : {int64_t{0}, n / 2, n - 1}) {
+      LastCut last;
+      std::vector<float> scores = random.floats(n);
+      test_topk(exec, scores, shape, drop, absolute, &last);
+      const LastCut first = last;
+      CHECK(first.reach >= 0, n);
+      test_topk(exec, scores, shape, drop, absolute, &last);
+      CHECK(last.key == first.key && last.reach <= first.reach, n, last.reach); // it was found
+      for (const float step : {1e-4f, 1e-2f, 0.0f, 1.0f, 1e-3f}) {
+        for (float& score : scores)
+          score += step * random.normal();
+        test_topk(exec, scores, shape, drop, absolute, &last);
+      }
+      for (const std::vector<float>& kind : score_kinds(n, random)) // ties among them
+        for (int i = 0; i < 3; ++i)
+          test_topk(exec, kind, shape, drop, absolute, &last);
+      for (const uint32_t key : {0u, 1u << 31, ~0u})
+        for (const int reach : {0, 18, 31}) {
+          last = {key, reach};
+          test_topk(exec, scores, shape, drop, absolute, &last);
+        }
+      const LastCut kept = last;
+      scores.back() = kNaN;
+      std::vector<uint32_t> words(shape.words());
+      CHECK(select_topk({scores.data(), shape, drop, absolute, words.data(), &last}, exec) == n - 1,
+          name(exec.isa));
+      CHECK(last.key == kept.key, n);
+    }
+}
+
 void test_topk_many(const Exec& exec, Random& random) {
   const Shape shapes[] = {{3, 33}, {1, 1'100'000}, {0, 4}, {1, 1}, {64, 64}, {700, 300}, {5, 0}};
   std::vector<std::vector<float>> scores;
@@ -193,6 +228,8 @@ int main() {
       }
       test_nan(exec, scores, shape);
     }
+    for (const Shape shape : {Shape{1, 1}, Shape{7, 33}, Shape{100, 64}, Shape{300, 1024}})
+      test_last_cut(exec, shape, random);
     test_topk_many(exec, random);
   });
 }

@@ -1,5 +1,7 @@
 // The CPU kernels as torch operators `masked_kernels_cpu::*`, on torch's stable ABI. Arguments are
 // contiguous; backends/cpu sees to it. The checks here guard memory, not users.
+#include "last_cuts.h"
+
 #include "masked_kernels/kernels.h"
 
 #include <torch/csrc/stable/library.h>
@@ -158,10 +160,20 @@ void check_drop(int64_t drop, Shape shape) {
       shape.elements());
 }
 
+LastCuts last_cuts;
+
+void forget_thresholds_op() {
+  last_cuts.forget();
+}
+
 Selected select_topk_op(const Tensor& scores, int64_t drop, bool absolute) {
   Scores s = scores_of(scores);
   check_drop(drop, s.shape);
-  const int64_t nan = select_topk({s.data, s.shape, drop, absolute, new_words(s.words)}, exec());
+  SelectTopk params{s.data, s.shape, drop, absolute, new_words(s.words)};
+  LastCut last = last_cuts.find(params);
+  params.last = &last;
+  const int64_t nan = select_topk(params, exec());
+  last_cuts.put(params, last);
   return {s.words, nan};
 }
 
@@ -172,14 +184,18 @@ std::tuple<std::vector<Tensor>, int64_t, int64_t> select_topk_many_op(
       " tensors");
   std::vector<Tensor> words;
   std::vector<SelectTopk> params;
+  std::vector<LastCut> last(scores.size());
   for (size_t i = 0; i < scores.size(); ++i) {
     Scores s = scores_of(scores[i]);
     check_drop(drops[i], s.shape);
-    params.push_back({s.data, s.shape, drops[i], absolute, new_words(s.words)});
+    params.push_back({s.data, s.shape, drops[i], absolute, new_words(s.words), &last[i]});
+    last[i] = last_cuts.find(params[i]);
     words.push_back(std::move(s.words));
   }
   std::vector<int64_t> nans(params.size());
   select_topk_many(params.data(), static_cast<int64_t>(params.size()), nans.data(), exec());
+  for (size_t i = 0; i < params.size(); ++i)
+    last_cuts.put(params[i], last[i]);
   const auto nan = std::find_if(nans.begin(), nans.end(), [](int64_t i) { return i >= 0; });
   if (nan == nans.end())
     return {words, -1, -1};
@@ -435,6 +451,7 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("transpose(Tensor words, int cols) -> Tensor");
   m.def("select_topk(Tensor scores, int drop, bool absolute) -> (Tensor, int)");
   m.def("select_topk_many(Tensor[] scores, int[] drops, bool absolute) -> (Tensor[], int, int)");
+  m.def("forget_thresholds() -> ()");
   m.def("select_threshold(Tensor scores, float threshold) -> (Tensor, int)");
   m.def("select_nm(Tensor scores, int n, int m, bool absolute) -> (Tensor, int)");
   m.def("decode_(Tensor(a!) out, Tensor values, Tensor words, int row) -> ()");
@@ -463,6 +480,7 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa_op));
+  m.impl("forget_thresholds", TORCH_BOX(&forget_thresholds_op));
   m.impl("select_topk_many", TORCH_BOX(&select_topk_many_op)); // a list may be empty: no CPU key
 }
 

@@ -2,7 +2,9 @@
 
 A backend is a module of this folder with functions named after the ops of ``_ops.py``,
 ``why_unavailable() -> str | None`` and ``why_not(op, *args) -> str | None``; one that chooses among
-kernels has ``kernel_choice(op, *args) -> str | None`` too. Listing its name in ``ORDER`` is all the
+kernels has ``kernel_choice(op, *args) -> str | None`` too; one that can decide for all calls like
+one at once has ``bind(op, *args)``, as below; one that remembers where a tensor's top-k threshold
+was has ``forget_thresholds()``. Listing its name in ``ORDER`` is all the
 registration there is.
 """
 
@@ -86,6 +88,19 @@ def select(op: str, argument: str, *args: Any) -> Callable[..., Any]:
     return _function(choose(op, argument, *args), op)
 
 
+def bind(op: str, argument: str, x: Any, *operands: Any) -> Callable[[Any], Any]:
+    """What runs ``op`` on tensors like ``x`` (its sizes, strides, dtype, device) and these other
+    operands, as long as nothing but numbers changes, with all decided beforehand.
+    """
+    name = choose(op, argument, x, *operands)
+    bind_here = getattr(_module(name), "bind", None)
+    bound: Callable[[Any], Any] | None = bind_here and bind_here(op, x, *operands)
+    if bound is not None:
+        return bound
+    function = _function(name, op)
+    return lambda x: function(x, *operands)
+
+
 def choose(op: str, argument: str, *args: Any) -> str:
     """The backend for ``op`` on ``args``: the first that can run it unless one was asked for.
 
@@ -127,6 +142,16 @@ def explain_choice(op: str, *args: Any, backend: str = AUTO) -> str:
     kernel_choice = getattr(_module(name), "kernel_choice", None)
     chosen = None if kernel_choice is None else kernel_choice(op, *args)
     return name if chosen is None else f"{name}: {chosen}"
+
+
+def forget_thresholds() -> None:
+    """Start the next selections from nothing, as if no tensor had been selected from: for measuring
+    how long that takes. Masks do not depend on it.
+    """
+    for name in _usable(ORDER):
+        forget = getattr(_module(name), "forget_thresholds", None)
+        if forget is not None:
+            forget()
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """What layers with a fixed mask share: the packed mask as a buffer, and the forward."""
 
+import torch
 from torch import Tensor
 
 from ..functional import masked_conv2d, masked_linear
@@ -11,6 +12,7 @@ class FixedMask(FrozenLayer):
     """``words`` (the packed mask) is a buffer."""
 
     words: Tensor
+    _mask: PackedMask | None = None
 
     def set_mask(self, mask: PackedMask) -> None:
         if mask.shape != self.weight_shape:
@@ -19,7 +21,13 @@ class FixedMask(FrozenLayer):
 
     @property
     def mask(self) -> PackedMask:
-        return PackedMask(self.words, self.weight_shape)
+        words = self._buffers["words"]  # a module's own look-up of it takes a microsecond
+        assert words is not None
+        if torch.compiler.is_compiling():
+            return PackedMask(words, self.weight_shape)
+        if self._mask is None or self._mask.words is not words:
+            self._mask = PackedMask(words, self.weight_shape)  # kept for what it remembers of calls
+        return self._mask
 
 
 class FixedMaskLinear(FixedMask, LinearGeometry):

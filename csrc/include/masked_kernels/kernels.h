@@ -31,12 +31,20 @@ void transpose(const uint32_t* words, Shape shape, uint32_t* transposed, const E
 // The select kernels turn scores [rows, cols] into words and return the flat index of the first NaN
 // (the words are then unspecified) or -1. -0.0 equals +0.0.
 
+// Where the threshold of a tensor's scores was, for the next selection to look there first. If it
+// is of other scores, that costs time and changes no word.
+struct LastCut {
+  uint32_t key = 0; // in the order of scores.h
+  int reach = -1;   // log2 of how far around the key to look; negative: nothing is known
+};
+
 struct SelectTopk {
   const float* scores;
   Shape shape;
   int64_t drop; // 0 .. rows * cols; clears the `drop` smallest, lower flat index first among equals
   bool absolute; // ranks |score|
   uint32_t* words;
+  LastCut* last = nullptr; // read and updated where given
 };
 int64_t select_topk(const SelectTopk& params, const Exec& exec);
 

@@ -10,6 +10,7 @@ The kernels compute in float32; 16-bit inputs are widened where that is cheap. T
 (``torch.set_num_threads``).
 """
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from ._native import isa, why_unavailable
 from .bits import (
     decode,
+    forget_thresholds,
     pack,
     popcount,
     select_nm,
@@ -37,6 +39,7 @@ from .conv2d import (
 )
 from .fused import masked_conv2d_chain, masked_conv2d_fused
 from .linear import (
+    bind_masked_linear,
     masked_linear,
     masked_linear_grad_weight,
     masked_linear_grad_x,
@@ -69,6 +72,11 @@ def why_not(op: str, *args: object) -> str | None:
         if dtype not in (torch.float32, torch.int32) and op.startswith(_FLOAT32_ONLY):
             return f"{op} computes in float32 and got {dtype}"
     return None
+
+
+def bind(op: str, *args: Any) -> Callable[[Tensor], Tensor] | None:
+    """``op`` as ``backends.bind`` wants it; None where there is little to decide."""
+    return bind_masked_linear(*args) if op == "masked_linear" else None
 
 
 def kernel_choice(op: str, *args: Any) -> str | None:

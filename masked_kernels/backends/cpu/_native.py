@@ -36,11 +36,14 @@ def isa() -> str:
     return name
 
 
+def is_float(t: Tensor) -> bool:
+    """Whether kernels read it as it is."""
+    return t.dtype == torch.float32 and t.is_contiguous()
+
+
 def as_float(t: Tensor) -> Tensor:
     # Conversions that do nothing still take a microsecond.
-    if t.dtype == torch.float32 and t.is_contiguous():
-        return t
-    return t.float().contiguous()
+    return t if is_float(t) else t.float().contiguous()
 
 
 def optional_float(t: Tensor | None) -> Tensor | None:

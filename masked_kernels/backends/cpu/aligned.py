@@ -1,5 +1,7 @@
 """``aligned_linear``: prototypes whose period fits the rows, multiplied by their bits alone."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ._native import as_float, native, optional_float
@@ -21,6 +23,16 @@ def aligned_linear(
         optional_float(scale),
     )
     return y if x.dtype == y.dtype else y.to(x.dtype)
+
+
+def bind_aligned_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """``aligned_linear`` of tensors like x; all are contiguous and float32."""
+    rows, cols = words.shape[0], x.shape[1]
+    tiles = _tiles(words, cols, row_patterns(cols, values.numel()) or 1)
+    run = native().aligned_linear.default
+    return lambda x: run(x, values, tiles, rows, bias, scale)
 
 
 def aligned_linear_fused_(

@@ -37,6 +37,10 @@ def select_topk_many(scores: list[Tensor], drops: list[int], absolute: bool) -> 
     return words
 
 
+def forget_thresholds() -> None:
+    native().forget_thresholds()
+
+
 def select_threshold(scores: Tensor, threshold: float) -> Tensor:
     # torch compares a tensor with a number in the dtype of the tensor.
     rounded = torch.tensor(threshold, dtype=scores.dtype).item()

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _fused
 from ._native import as_float, isa, native
 from .aligned import aligned_linear_fused_
-from .conv2d import masked_conv2d
+from .conv2d import as_pixels, masked_conv2d
 from .linear import masked_linear
 from .plan import linear_plan, row_patterns
 
@@ -28,8 +28,8 @@ def masked_conv2d_fused(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    pixels = _as_pixels(x)
-    rest = None if residual is None else _as_pixels(residual)
+    pixels = as_pixels(x)
+    rest = None if residual is None else as_pixels(residual)
     geometry = (kernel_size, stride, padding, dilation, groups)
     y = pixels.new_empty(_size(pixels.shape, words, geometry))
     _fused_(y, pixels, (values, words, affine, activation), rest, geometry)
@@ -50,7 +50,7 @@ def masked_conv2d_chain(
     A new result for every step would cost as much as the steps: memory that the system hands out
     anew comes page by page.
     """
-    pixels = _as_pixels(x)
+    pixels = as_pixels(x)
     steps = list(_fused.steps(values, words, affines, activations, adds_input, geometry))
     sizes = [pixels.shape]
     for operands, _, of_conv in steps:
@@ -124,12 +124,6 @@ def _fused_(
     native().finish_(
         flat, affine, activation, None if residual is None else residual.view(flat.shape)
     )
-
-
-def _as_pixels(image: Tensor) -> Tensor:
-    """``[B, C, H, W]`` of any layout as contiguous ``[B, H, W, C]``."""
-    pixels = image.permute(0, 2, 3, 1)
-    return pixels if pixels.is_contiguous() else pixels.contiguous()
 
 
 def _as_patches(x: Tensor, size: list[int]) -> Tensor:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._native import as_float, isa, native, optional_float, scaled_
-from .aligned import aligned_linear, aligned_linear_grad_x
-from .bits import decode
+from ._native import as_float, is_float, isa, native, optional_float, scaled_
+from ._scratch import decoded, scratch
+from .aligned import aligned_linear, aligned_linear_grad_x, bind_aligned_linear
 from .grad import apply_scores, masked_
 from .plan import Plan, linear_plan, row_patterns
 
@@ -23,6 +24,22 @@ def masked_linear(
     return LINEAR[plan](x, values, words, bias, scale)
 
 
+def bind_masked_linear(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """``masked_linear`` of tensors like x, the kernel chosen."""
+    rows = words.shape[0]
+    plan = linear_plan(x.shape[0], rows, x.shape[1], values.numel(), x.dtype, isa())
+    if all(t is None or is_float(t) for t in (x, values, bias, scale)) and words.is_contiguous():
+        if plan == "aligned":
+            return bind_aligned_linear(x, values, words, bias, scale)
+        if plan == "direct":
+            run = native().masked_linear.default
+            return lambda x: run(x, values, words, bias, scale)
+    run = LINEAR[plan]
+    return lambda x: run(x, values, words, bias, scale)
+
+
 def masked_linear_grad_x(
     grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, cols: int
 ) -> Tensor:
@@ -33,7 +50,7 @@ def masked_linear_grad_x(
         return aligned_linear_grad_x(grad_y, values, words, scale, cols)
     if grad_y.dtype in (torch.float16, torch.bfloat16) or rows == 0:
         # A sum over panels would round to 16 bits after each of them.
-        return grad_y @ scaled_(decode(values, words, cols), scale)
+        return grad_y @ scaled_(decoded(values, words, cols), scale)
     grad_x = grad_y.new_empty((grad_y.shape[0], cols))
     for begin, end, panel in _panels(values, words, cols, scale):
         grad_x.addmm_(grad_y[:, begin:end], panel, beta=int(begin > 0))
@@ -68,6 +85,8 @@ def _direct_linear(
 def _panels_linear(
     x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
 ) -> Tensor:
+    if words.shape[0] <= _panel_height(values, x.shape[1]):
+        return F.linear(x, scaled_(decoded(values, words, x.shape[1]), scale), bias)
     y = x.new_empty((x.shape[0], words.shape[0]))
     for begin, end, panel in _panels(values, words, x.shape[1], scale):
         out = y[:, begin:end]
@@ -93,11 +112,14 @@ def _panels(
     there is little to average out, and products rounded otherwise are three times apart.
     """
     values, words = values.contiguous(), words.contiguous()
-    rows = words.shape[0]
-    height = max(64, _PANEL_BYTES // max(cols * values.element_size(), 1))
-    scratch = values.new_empty((min(height, rows), cols))
+    rows, height = words.shape[0], _panel_height(values, cols)
+    memory = scratch(min(height, rows), cols, values.dtype)
     for begin in range(0, rows, height):
         end = min(begin + height, rows)
-        panel = scratch[: end - begin]
+        panel = memory[: end - begin]
         native().decode_(panel, values, words, begin)
         yield begin, end, scaled_(panel, scale)
+
+
+def _panel_height(values: Tensor, cols: int) -> int:
+    return max(64, _PANEL_BYTES // max(cols * values.element_size(), 1))

@@ -91,8 +91,8 @@ def parts_of_layer(numel: int, total: int, chunk: int, programs: int) -> int:
 
 
 def warm_start_pays(total: int) -> bool:
-    """Whether a top-k of so many scores is split around the last threshold first: three launches
-    more, and for those a few passes over the scores less.
+    """Whether a top-k of so many scores is split around the last threshold first: four launches
+    more, and one pass over the scores in place of several.
     """
     return total >= 1 << 22
 

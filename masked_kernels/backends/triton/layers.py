@@ -23,7 +23,7 @@ NUMEL = tl.constexpr(2)
 COLS = tl.constexpr(3)
 DROP = tl.constexpr(4)
 LAYER = tl.constexpr(5)  # its index in the call
-FIRST_COUNT = tl.constexpr(6)  # its first program in the passes of count_grid
+FIRST_COUNT = tl.constexpr(6)  # its first program in the counting passes
 FIRST_WORDS = tl.constexpr(7)  # its first program in the last passes
 FIELDS = 8
 

@@ -54,6 +54,10 @@ _ASIDE = tl.constexpr(FIELDS + 3)  # address of these
 _PLACES = tl.constexpr(FIELDS + 4)  # address of their bits, counted from the span's first
 _KEPT = tl.constexpr(FIELDS + 5)  # address of the words that say which of them are kept
 _WORDS = tl.constexpr(FIELDS + 6)  # address of the words of the mask
+_HINT = tl.constexpr(FIELDS + 7)  # the last key
+_BELOW = tl.constexpr(FIELDS + 8)  # scores below the band
+_INSIDE = tl.constexpr(FIELDS + 9)  # scores in the band
+_FULL = tl.constexpr(FIELDS + 10)  # rooms that were too small
 
 _hints: dict[torch.device, Tensor] = {}
 
@@ -90,11 +94,10 @@ class WarmStart:
 
     def split(self, table: Tensor, layers: int, absolute: bool) -> None:
         """Go over the scores, and point the table at those put aside where that is enough."""
-        seen = table.new_zeros((3, layers))
-        score = tl_dtype(self.aside.dtype)
-        flag = nan_flag(table.device)
-        _split_kernel[self.grid](table, score, layers, absolute, self.hints, seen, flag, WORDS)
-        _settle_kernel[(1,)](table, seen, layers)
+        score, flag = tl_dtype(self.aside.dtype), nan_flag(table.device)
+        _recall_kernel[(1,)](table, self.hints, layers)
+        _split_kernel[self.grid](table, score, layers, absolute, flag, WORDS)
+        _settle_kernel[(1,)](table, layers)
 
     def finish(self, table: Tensor, found: Tensor, layers: int, key_bytes: int) -> None:
         """Set the bits of the scores put aside that are kept, and leave the hints."""
@@ -122,10 +125,19 @@ def warm_start(
             *(slot(scores, drop, absolute), span, room),
             *(aside.data_ptr() + at * aside.itemsize, places.data_ptr() + at * 4),
             *(kept.data_ptr() + at // 8, words.data_ptr()),
+            *(0, 0, 0, 0),
         )
         for (scores, words, drop), span, room, at in zip(jobs, spans, rooms, first, strict=False)
     ]
     return WarmStart(table, aside, facts, (sum(parts),), (places, kept))
+
+
+@triton.jit
+def _recall_kernel(table, hints, LAYERS: tl.constexpr):
+    """Once for all programs, as another stream may write the hints meanwhile."""
+    layer = tl.arange(0, LAYERS)
+    hint = tl.load(hints + fact(table, _SLOT, layer, LAYERS))
+    tl.store(table + _HINT * LAYERS + layer, hint)
 
 
 @triton.jit
@@ -134,13 +146,11 @@ def _split_kernel(
     SCORE: tl.constexpr,
     LAYERS: tl.constexpr,
     ABSOLUTE: tl.constexpr,
-    hints,
-    seen,
     flag,
     BLOCK: tl.constexpr,
 ):
     layer, part = layer_of_program(table, FIRST_COUNT, LAYERS)
-    hint = tl.load(hints + fact(table, _SLOT, layer, LAYERS))
+    hint = fact(table, _HINT, layer, LAYERS)
     if hint > 0:
         # Scores that fill a room up have the lowest key of all; no score in the band may.
         lowest = 0 if ABSOLUTE else 0x7FFFFF
@@ -174,18 +184,18 @@ def _split_kernel(
         for start in range(0, room, BLOCK):
             at = start + tl.arange(0, BLOCK)
             tl.store(aside + at, filler, mask=(at >= taken) & (at < room))
-        tl.atomic_add(seen + layer, tl.sum(below.reshape(BLOCK * 32), axis=0).to(tl.int64))
-        tl.atomic_add(seen + LAYERS + layer, taken.to(tl.int64))
-        tl.atomic_add(seen + 2 * LAYERS + layer, (taken > room).to(tl.int64))
+        all_below = tl.sum(below.reshape(BLOCK * 32), axis=0).to(tl.int64)
+        tl.atomic_add(table + _BELOW * LAYERS + layer, all_below)
+        tl.atomic_add(table + _INSIDE * LAYERS + layer, taken.to(tl.int64))
+        tl.atomic_add(table + _FULL * LAYERS + layer, (taken > room).to(tl.int64))
 
 
 @triton.jit
-def _settle_kernel(table, seen, LAYERS: tl.constexpr):
+def _settle_kernel(table, LAYERS: tl.constexpr):
     """Let the search go over the scores put aside in those layers whose K is among them."""
     layer = tl.arange(0, LAYERS)
-    below, inside = tl.load(seen + layer), tl.load(seen + LAYERS + layer)
-    full = tl.load(seen + 2 * LAYERS + layer)
-    drop = fact(table, DROP, layer, LAYERS)
+    below, inside = fact(table, _BELOW, layer, LAYERS), fact(table, _INSIDE, layer, LAYERS)
+    drop, full = fact(table, DROP, layer, LAYERS), fact(table, _FULL, layer, LAYERS)
     hit = (full == 0) & (below <= drop) & (drop < below + inside)
     rooms = fact(table, _ROOMS, layer, LAYERS)
     tl.store(table + SCORES * LAYERS + layer, fact(table, _ASIDE, layer, LAYERS), mask=hit)

@@ -88,9 +88,9 @@ def write(result: dict[str, Any], out: Path) -> None:
 
 
 def run_tests(log: TextIO) -> dict[str, Any]:
-    """The op tests on the GPU: a sample, as every shape compiles kernels of its own."""
+    """The op tests on the GPU, those of ``--pairwise``, as every shape compiles kernels of its own."""
     command = [sys.executable, "-m", "pytest", "-q", "--backend=triton", "--device=cuda"]
-    command += ["--require-backend=triton", "--every=8", "python_tests"]
+    command += ["--require-backend=triton", "--pairwise", "python_tests"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(os.cpu_count() or 1, 12))]
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

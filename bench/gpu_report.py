@@ -88,7 +88,7 @@ def write(result: dict[str, Any], out: Path) -> None:
 
 
 def run_tests(log: TextIO) -> dict[str, Any]:
-    """The op tests on the GPU, those of ``--pairwise``, as every shape compiles kernels of its own."""
+    """The op tests on the GPU; not all of them, as every shape compiles kernels of its own."""
     command = [sys.executable, "-m", "pytest", "-q", "--backend=triton", "--device=cuda"]
     command += ["--require-backend=triton", "--pairwise", "python_tests"]
     if importlib.util.find_spec("xdist"):

@@ -155,6 +155,8 @@ def test_no_table_is_made_for_a_graph(
     backend: str, hits: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph would clear it with every replay; what is captured then starts cold."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert topk_warm.hints(torch.device("cuda", 99)) is None
     monkeypatch.setattr(topk_warm, "hints", lambda device: None)
     scores = torch.randn(24, 130)
     for _ in range(2):

@@ -5,6 +5,8 @@
 
 #include "masked_kernels/kernels.h"
 
+#include <memory>
+
 namespace masked_kernels {
 namespace {
 
@@ -18,7 +20,20 @@ MK_INLINE void decode_span_body(const T* values, const uint32_t* words, int64_t 
   }
 }
 
+// out [taps, channels] = the transpose of filter [channels, taps], from channel `channel` on
+template <class T>
+MK_INLINE void transpose_filter_body(
+    const T* filter, int64_t channel, int64_t channels, int64_t taps, T* out) {
+  for (; channel < channels; ++channel)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      out[tap * channels + channel] = filter[channel * taps + tap];
+}
+
 namespace scalar {
+template <class T>
+void transpose_filter(const T* filter, int64_t channels, int64_t taps, T* out) {
+  transpose_filter_body(filter, 0, channels, taps, out);
+}
 template <class T>
 void decode_span(const T* values, const uint32_t* words, int64_t count, T* out) {
   decode_span_body(values, words, count, out);
@@ -27,6 +42,37 @@ void decode_span(const T* values, const uint32_t* words, int64_t count, T* out) 
 
 #if MK_X86
 namespace avx2 {
+
+// out [8, 8] = the transpose of from [8, 8], rows so many elements apart.
+MK_AVX2 MK_INLINE void transpose_square(
+    const uint32_t* from, int64_t from_stride, uint32_t* out, int64_t out_stride) {
+  __m256 row[8], pair[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    row[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(from + i * from_stride));
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  // Elements 4 h + c of four rows in half h of quad[c], first of rows 0 to 3, then of rows 4 to 7.
+  __m256 quad[2][4];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256* p = pair + 4 * i;
+    quad[i][0] = _mm256_shuffle_ps(p[0], p[2], _MM_SHUFFLE(1, 0, 1, 0));
+    quad[i][1] = _mm256_shuffle_ps(p[0], p[2], _MM_SHUFFLE(3, 2, 3, 2));
+    quad[i][2] = _mm256_shuffle_ps(p[1], p[3], _MM_SHUFFLE(1, 0, 1, 0));
+    quad[i][3] = _mm256_shuffle_ps(p[1], p[3], _MM_SHUFFLE(3, 2, 3, 2));
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(out + c * out_stride),
+        _mm256_permute2f128_ps(quad[0][c], quad[1][c], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(out + (c + 4) * out_stride),
+        _mm256_permute2f128_ps(quad[0][c], quad[1][c], 0x31));
+  }
+}
 
 // All ones in the lanes whose bit is set in both.
 template <class T>
@@ -66,9 +112,28 @@ MK_AVX2 void decode_span(const T* values, const uint32_t* words, int64_t count, 
   }
   decode_span_body(values, words, count, out);
 }
+template <class T>
+MK_AVX2 void transpose_filter(const T* filter, int64_t channels, int64_t taps, T* out) {
+  int64_t channel = 0;
+  if constexpr (sizeof(T) == 4) {
+    constexpr int64_t kLanes = 8;
+    for (; channel + kLanes <= channels; channel += kLanes) {
+      const T* from = filter + channel * taps;
+      int64_t tap = 0;
+      for (; tap + kLanes <= taps; tap += kLanes)
+        transpose_square(from + tap, taps, out + tap * channels + channel, channels);
+      for (; tap < taps; ++tap)
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          out[tap * channels + channel + lane] = from[lane * taps + tap];
+    }
+  }
+  transpose_filter_body(filter, channel, channels, taps, out);
+}
 } // namespace avx2
 
 namespace avx512 {
+
+using avx2::transpose_filter;
 
 MK_AVX512 MK_INLINE void move(__mmask32 lanes, __mmask32 set, const uint16_t* from, uint16_t* to) {
   _mm512_mask_storeu_epi16(to, lanes, _mm512_maskz_loadu_epi16(set, from));
@@ -105,6 +170,19 @@ void decode_as(const Decode& p, const Exec& exec) {
   const uint32_t* words = p.words + p.row_begin * words_per_row(p.cols);
   T* out = static_cast<T*>(p.out);
   const auto decode_span = MK_BY_ISA(exec.isa, decode_span<T>);
+  if (p.taps > 1) {
+    const auto transpose_filter = MK_BY_ISA(exec.isa, transpose_filter<T>);
+    const int64_t grain = ceil_div(kGrainWords, words_per_row(p.cols));
+    exec.parallel.run(p.row_begin, p.row_end, grain, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<T[]> row(new T[p.cols]); // not initialised
+      for (int64_t i = begin; i < end; ++i) {
+        decode_span(windows.at(i * p.cols % p.period), p.words + i * words_per_row(p.cols), p.cols,
+            row.get());
+        transpose_filter(row.get(), p.cols / p.taps, p.taps, out + (i - p.row_begin) * p.cols);
+      }
+    });
+    return;
+  }
   parallel_spans({p.row_end - p.row_begin, p.cols}, exec.parallel, [&](const Span& s) {
     const T* row = windows.at((p.row_begin + s.row) * p.cols % p.period);
     decode_span(row + s.col, words + s.word, s.count, out + s.element);

@@ -53,16 +53,23 @@ void test_decode(const Exec& exec, Shape shape, int64_t period, Random& random) 
     value = static_cast<T>(uint64_t{random.bits()} << 32 | random.bits());
   const std::vector<uint32_t> words = random.words(shape);
   const int64_t begin = shape.rows / 3, end = shape.rows;
-  std::vector<T> out((end - begin) * shape.cols, 1);
-  decode(
-      {values.data(), period, sizeof(T), words.data(), shape.cols, begin, end, out.data()}, exec);
-  for (int64_t row = begin; row < end; ++row)
-    for (int64_t col = 0; col < shape.cols; ++col) {
-      const int64_t i = row * shape.cols + col;
-      const T expected = bit(words, shape, row, col) ? values[i % period] : 0;
-      CHECK(out[i - begin * shape.cols] == expected, name(exec.isa), sizeof(T), shape.cols, period,
-          row, col);
-    }
+  for (const int64_t taps : {1, 3, 8, 9, 20}) {
+    if (shape.cols % taps != 0)
+      continue;
+    std::vector<T> out((end - begin) * shape.cols, 1);
+    decode(
+        {values.data(), period, sizeof(T), words.data(), shape.cols, begin, end, out.data(), taps},
+        exec);
+    const int64_t channels = shape.cols / taps;
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t col = 0; col < shape.cols; ++col) {
+        const T expected =
+            bit(words, shape, row, col) ? values[(row * shape.cols + col) % period] : 0;
+        const int64_t at = col % taps * channels + col / taps;
+        CHECK(out[(row - begin) * shape.cols + at] == expected, name(exec.isa), sizeof(T),
+            shape.cols, period, taps, row, col);
+      }
+  }
 }
 
 void test_decode_in_place(const Exec& exec, Shape shape, Random& random) {

@@ -216,8 +216,8 @@ Selected select_nm_op(const Tensor& scores, int64_t n, int64_t m, bool absolute)
   return {s.words, nan};
 }
 
-// Fills `out` with the weight's rows from `row` on.
-void decode_op(Tensor out, const Tensor& values, const Tensor& words, int64_t row) {
+// Fills `out` with the weight's rows from `row` on, each [cols / taps, taps] transposed.
+void decode_op(Tensor out, const Tensor& values, const Tensor& words, int64_t row, int64_t taps) {
   const Shape shape = matrix("out", out);
   check_dense("out", out, values.scalar_type());
   const uint32_t* bits = words_of(words, shape.cols);
@@ -227,8 +227,10 @@ void decode_op(Tensor out, const Tensor& values, const Tensor& words, int64_t ro
   const auto size = static_cast<int64_t>(values.element_size());
   check(size == 2 || size == 4 || size == 8, "values: elements of ", size,
       " bytes, expected 2, 4 or 8");
+  check(taps >= 1 && shape.cols % taps == 0, "taps: got ", taps, " for rows of ", shape.cols);
+  check(taps == 1 || out.const_data_ptr() != values.const_data_ptr(), "out: is values");
   decode({values.const_data_ptr(), period, size, bits, shape.cols, row, row + shape.rows,
-             out.mutable_data_ptr()},
+             out.mutable_data_ptr(), taps},
       exec());
 }
 
@@ -454,7 +456,7 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("forget_thresholds() -> ()");
   m.def("select_threshold(Tensor scores, float threshold) -> (Tensor, int)");
   m.def("select_nm(Tensor scores, int n, int m, bool absolute) -> (Tensor, int)");
-  m.def("decode_(Tensor(a!) out, Tensor values, Tensor words, int row) -> ()");
+  m.def("decode_(Tensor(a!) out, Tensor values, Tensor words, int row, int taps=1) -> ()");
   m.def("masked_linear(Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale) -> "
         "Tensor");
   m.def("aligned_tiles(Tensor words, int cols, int patterns) -> Tensor");

@@ -66,7 +66,8 @@ int64_t select_threshold(
 
 // out [row_end - row_begin, cols] = the weight's rows where the bit is set, else 0. Moves bits
 // only, so it serves every dtype of 2, 4 or 8 bytes. `out` may be `values` itself when period is
-// rows * cols.
+// rows * cols. With taps > 1 each row, [cols / taps, taps], is written as [taps, cols / taps]: the
+// filters of a convolution in channels_last.
 struct Decode {
   const void* values;
   int64_t period;
@@ -75,6 +76,7 @@ struct Decode {
   int64_t cols;
   int64_t row_begin, row_end;
   void* out;
+  int64_t taps = 1;
 };
 void decode(const Decode& params, const Exec& exec);
 

@@ -33,8 +33,8 @@ def scratch(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     return memory[:count].view(rows, cols)
 
 
-def decoded(values: Tensor, words: Tensor, cols: int) -> Tensor:
-    """``decode`` into ``scratch``."""
+def decoded(values: Tensor, words: Tensor, cols: int, taps: int = 1) -> Tensor:
+    """``decode`` into ``scratch``; rows ``[cols / taps, taps]`` become ``[taps, cols / taps]``."""
     out = scratch(words.shape[0], cols, values.dtype)
-    native().decode_(out, values.contiguous(), words.contiguous(), 0)
+    native().decode_(out, values.contiguous(), words.contiguous(), 0, taps)
     return out

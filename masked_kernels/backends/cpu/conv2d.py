@@ -36,7 +36,7 @@ def masked_conv2d(
     size = (words.shape[0], x.shape[1] // groups, *kernel_size)
     if _is_depthwise(x, size, stride, dilation, groups):
         return _depthwise(x, values, words, bias, scale, kernel_size, padding)
-    weight = _conv_weight(values, words, scale, x.shape[1] // groups, kernel_size)
+    weight = _conv_weight(x, values, words, scale, x.shape[1] // groups, kernel_size)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return y.contiguous(memory_format=memory_format)
 
@@ -63,7 +63,7 @@ def masked_conv2d_grad_x(
         return _depthwise(
             grad_y, turned, _all_kept(*turned.shape), None, scale, kernel_size, around
         )
-    weight = _conv_weight(values, words, scale, x_size[1] // groups, kernel_size)
+    weight = _conv_weight(grad_y, values, words, scale, x_size[1] // groups, kernel_size)
     memory_format = conv_memory_format(grad_y)
     # Only the size and layout of x matter; conv2d_input passes one of no layout, and is ten times
     # slower on channels_last.
@@ -213,11 +213,21 @@ def _as_image(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 def _conv_weight(
-    values: Tensor, words: Tensor, scale: Tensor | None, channels: int, kernel_size: list[int]
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    channels: int,
+    kernel_size: list[int],
 ) -> Tensor:
+    """``[N, channels, kh, kw]`` in the memory format of the image x: the library would bring it
+    into that with each call, for ten times what decoding takes.
+    """
     kh, kw = kernel_size
-    weight = decoded(values, words, channels * kh * kw)
-    return scaled_(weight, scale).view(-1, channels, kh, kw)
+    if conv_memory_format(x) == torch.channels_last:
+        weight = decoded(values, words, channels * kh * kw, taps=kh * kw)
+        return scaled_(weight, scale).view(-1, kh, kw, channels).permute(0, 3, 1, 2)
+    return scaled_(decoded(values, words, channels * kh * kw), scale).view(-1, channels, kh, kw)
 
 
 def _conv_grad_weight(

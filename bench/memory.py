@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
     titles = tuple(net.title for net in NETS)
     parser.add_argument("--nets", nargs="+", choices=titles, default=titles, metavar="NET")
+    parser.add_argument("--few", action="store_true", help="two images only, which takes minutes")
     parser.add_argument("--threads", type=int, default=2, help="of torch and of our kernels")
     parser.add_argument("--out", type=Path, help="result file, say bench/results/NAME.json")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # this very process: what to do
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             "masked_weights": masked_weights(net),
             "batches": {
                 batch: {way: _elsewhere(net, way, batch, options.threads) for way in ways(net)}
-                for batch in (net.cpu_batch, FEW)
+                for batch in ((FEW,) if options.few else (net.cpu_batch, FEW))
             },
         }
         print(net.title, file=sys.stderr, flush=True)

@@ -130,6 +130,9 @@ def compact_linear(
     Returns:
         ``[..., N]``. Raises ``RuntimeError`` where a gradient would be wanted.
     """
+    key = _bound.key_of("compact_linear", x, kept, mask, bias, scale, backend)
+    if run := _bound.find(mask, key):
+        return run(x)
     x, values, bias = _autocast(x, kept, bias)
     if values.dim() != 1:
         raise ValueError(f"kept: got shape {tuple(values.shape)}, expected 1 dimension")
@@ -142,7 +145,12 @@ def compact_linear(
             "compact_linear: got an input that requires grad, expected none: a compact weight "
             "serves inference only; pack without compact=True, or use torch.no_grad()"
         )
-    y = _ops.compact_linear(_tokens(x), values, mask.words, bias, _scale(scale, x), backend or AUTO)
+    operands = (values, mask.words, bias, _scale(scale, x))
+    backend = backend or AUTO
+    y = _ops.compact_linear(_tokens(x), *operands, backend)
+    if key is not None:
+        run = _over_tokens(bind("compact_linear", backend, _tokens(x), *operands), x)
+        _bound.keep(mask, key, run, (*operands, scale))
     return _restore(y, x)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import masked_kernels as mk
 from masked_kernels import _ops
+from masked_kernels.functional import compact_linear
 
 N, K = 130, 64  # rows enough for the binary product
 
@@ -53,6 +54,16 @@ def test_linear_again(
         assert torch.equal(again, mk.masked_linear(second, made, fresh(mask), bias, scale=scale))
 
 
+def test_compact_again(mask: mk.PackedMask, backend: str, refused: list[str]) -> None:
+    kept, (first, second) = torch.randn(mask.count()), torch.randn(2, 3, K)
+    with mk.use_backend(backend):
+        compact_linear(first, kept, mask)
+        refused.append("compact_linear")
+        again = compact_linear(second, kept, mask)
+        refused.clear()
+        assert torch.equal(again, compact_linear(second, kept, fresh(mask)))
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_conv2d_again(
     channels_last: bool, conv_mask: mk.PackedMask, backend: str, refused: list[str]
@@ -85,7 +96,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in ("masked_linear", "masked_conv2d"):
+    for name in ("masked_linear", "compact_linear", "masked_conv2d"):
         monkeypatch.setattr(_ops, name, guard(name))
     return names
 

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from .._layout import conv_memory_format
-from ._native import as_float, native, scaled_
+from ._native import as_float, isa, native, scaled_
 from ._scratch import decoded
 from .grad import apply_scores, masked_
 from .linear import masked_linear, masked_linear_grad_x
+from .plan import linear_plan
 
+_MANY_PIXELS = 1024
 _DEPTHWISE_KERNELS = (3, 5, 7, 9)  # sides that ours are made for
 
 
@@ -30,7 +32,8 @@ def masked_conv2d(
     groups: int,
 ) -> Tensor:
     memory_format = conv_memory_format(x)
-    if _is_pointwise(x, kernel_size, stride, padding, groups):
+    is_pointwise = _is_pointwise(x, kernel_size, stride, padding, groups)
+    if is_pointwise and not _is_for_library(x, words.shape[0], values.numel()):
         y = masked_linear(_as_tokens(x), values, words, bias, scale)
         return _as_image(y, x).contiguous(memory_format=torch.channels_last)
     size = (words.shape[0], x.shape[1] // groups, *kernel_size)
@@ -127,6 +130,19 @@ def _is_pointwise(
         and list(kernel_size) == [1, 1]
         and list(stride) == [1, 1]
         and list(padding) == [0, 0]
+    )
+
+
+def _is_for_library(x: Tensor, outputs: int, period: int) -> bool:
+    """Whether the library's convolution serves a pointwise one best: of many pixels that no kernel
+    of ours multiplies, it makes the product faster than the library's matrix product does.
+    """
+    batch, channels, height, width = x.shape
+    pixels = batch * height * width
+    return (
+        pixels >= _MANY_PIXELS
+        and x.dtype == torch.float32
+        and linear_plan(pixels, outputs, channels, period, x.dtype, isa()) == "panels"
     )
 
 

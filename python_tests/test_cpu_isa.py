@@ -34,17 +34,20 @@ def test_masked_linear(case: Linear, period: str) -> None:
     test_functional.test_masked_linear(case, period, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("memory_format", test_functional.FORMATS, ids=str)
 @pytest.mark.parametrize("period", ["dense", "7"])
 @pytest.mark.parametrize("case", CONV, ids=str)
-def test_masked_conv2d(case: Conv, period: str) -> None:
-    test_functional.test_masked_conv2d(case, period, torch.float32, "cpu")
+def test_masked_conv2d(case: Conv, period: str, memory_format: torch.memory_format) -> None:
+    test_functional.test_masked_conv2d(case, period, torch.float32, memory_format, "cpu")
 
 
 @pytest.mark.parametrize("kind", ["distinct", "ties", "extreme"])
 @pytest.mark.parametrize("shape", [(5, 33), (70, 129)], ids=str)
 def test_selection(shape: tuple[int, ...], kind: str) -> None:
-    test_rules.test_topk_against_loops(shape, kind, "cpu")
-    test_rules.test_nm_against_loops(shape, kind, "cpu")
+    for density in test_rules.DENSITIES:
+        test_rules.test_topk_against_loops(shape, kind, density, "cpu")
+    for n, m in test_rules.RATIOS:
+        test_rules.test_nm_against_loops(shape, kind, n, m, "cpu")
     test_rules.test_threshold_is_strict(shape, "cpu")
 
 

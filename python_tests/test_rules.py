@@ -26,6 +26,8 @@ SHAPES = [
     (4, 3, 3, 3),
     (70, 129),
 ]
+DENSITIES = (0.0, 0.1, 0.5, 0.9, 1.0)
+RATIOS = ((2, 4), (1, 4), (0, 3), (5, 5), (1, 1), (3, 8), (7, 40))
 
 
 def select(rule: mk.Rule, scores: torch.Tensor, backend: str) -> torch.Tensor:
@@ -45,7 +47,7 @@ def make_scores(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
     return scores
 
 
-@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "extreme"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_topk_against_loops(
@@ -74,9 +76,7 @@ def test_topk_of_a_tensor_that_moves(size: int, backend: str) -> None:
             assert torch.equal(words, alone.words)
 
 
-@pytest.mark.parametrize(
-    ("n", "m"), [(2, 4), (1, 4), (0, 3), (5, 5), (1, 1), (3, 8), (7, 40)], ids=str
-)
+@pytest.mark.parametrize(("n", "m"), RATIOS, ids=str)
 @pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "extreme"])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) > 1], ids=str)
 def test_nm_against_loops(shape: tuple[int, ...], kind: str, n: int, m: int, backend: str) -> None:

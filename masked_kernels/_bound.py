@@ -1,33 +1,37 @@
 """Calls like the one before, without what needs doing only once.
 
 Checks, autocast, and the choice of backend and kernel take tens of microseconds in Python, as long
-as a small layer. They depend on everything but the numbers. So a mask keeps the last call that was
-made with it, and the next one that differs in the numbers alone goes to the kernel at once.
+as a small layer. They depend on everything but the numbers. So a mask remembers the last call that
+was made with it, and the next one that differs in the numbers alone goes to the kernel at once.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .backends import AUTO, requested
+from .backends import AUTO, bind, requested
 from .mask import PackedMask
 from .prototype import Prototype
 
-Run = Callable[[Tensor], Tensor]
-Key = tuple[object, ...]
+Key = tuple[Any, ...]
 
 _TENSORS = (Tensor, nn.Parameter)
 _OPTIONAL_TENSORS = (*_TENSORS, type(None))
 
 
-class BoundCall(NamedTuple):
-    """What computes the call of ``key`` from x; ``operands`` stay alive: their ids are in it."""
+@dataclass(slots=True)
+class BoundCall:
+    """The call of ``key``: its op takes x and ``operands``. ``run`` takes x alone, from the second
+    call on. ``alive`` are the objects whose ids are in the key.
+    """
 
     key: Key
-    run: Run
-    operands: tuple[object, ...]
+    operands: tuple[Any, ...]
+    alive: tuple[object, ...]
+    run: Callable[[Tensor], Tensor] | None = None
 
 
 def key_of(
@@ -65,6 +69,7 @@ def key_of(
         return None
     return (
         op,
+        requested(backend or AUTO),
         x.shape,
         x.stride(),
         x.dtype,
@@ -74,16 +79,21 @@ def key_of(
         id(bias),
         id(scale),
         geometry,
-        requested(backend or AUTO),
     )
 
 
-def find(mask: PackedMask, key: Key | None) -> Run | None:
-    """What computes the call, if it is like the one before."""
-    bound: BoundCall | None = mask._bound if key is not None else None
-    return bound.run if bound is not None and bound.key == key else None
+def repeat(mask: PackedMask, key: Key, x: Tensor) -> Tensor | None:
+    """The op's result, if the call is like the one before; x is as the op takes it."""
+    call: BoundCall | None = mask._bound
+    if call is None or call.key != key:
+        return None
+    if call.run is None:
+        op, backend = call.key[:2]
+        call.run = bind(op, backend, x, *call.operands)
+    return call.run(x)
 
 
-def keep(mask: PackedMask, key: Key, run: Run, operands: tuple[object, ...]) -> None:
-    """Make of a call that was right the one before."""
-    mask._bound = BoundCall(key, run, operands)
+def remember(mask: PackedMask, key: Key | None, operands: tuple[Any, ...], *alive: object) -> None:
+    """A call that was right; ``operands`` are the op's besides x."""
+    if key is not None:
+        mask._bound = BoundCall(key, operands, alive)

@@ -6,23 +6,29 @@ shape or a Prototype, read as ``flat[i] = values[i % period]``. float32, bfloat1
 scores keep theirs. Shapes: M tokens, K inputs, N outputs; B, C, H, W as in ``F.conv2d``.
 """
 
-from collections.abc import Callable, Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _bound, _ops
-from ._checks import check_device, check_float, check_like, check_shape, check_type, pair
+from ._checks import (
+    IntOrPair,
+    check_conv2d,
+    check_device,
+    check_float,
+    check_like,
+    check_linear,
+    check_operands,
+    check_shape,
+    check_type,
+)
 from .autograd import GeluBatchNorm, MaskedConv2d, MaskedLinear, ScoredConv2d, ScoredLinear
-from .backends import AUTO, bind
+from .backends import AUTO
 from .backends._layout import at_least_float32
 from .mask import PackedMask
 from .prototype import Prototype
 from .rules import Rule
 
 Weight = Tensor | Prototype
-IntOrPair = int | Sequence[int]
 
 
 def masked_linear(
@@ -51,22 +57,17 @@ def masked_linear(
         weight.
     """
     key = _bound.key_of("masked_linear", x, weight, mask, bias, scale, backend)
-    if run := _bound.find(mask, key):
-        return run(x)
+    if key and (again := _bound.repeat(mask, key, _tokens(x))) is not None:
+        return _restore(again, x)
     x, values, bias = _autocast(x, weight, bias)
     check_type("mask", mask, PackedMask)
-    _check_linear(x, values, "mask", mask.shape)
-    _check_operands(x, values, bias, mask.shape)
+    check_linear(x, values, "mask", mask.shape)
+    check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
     operands = (values, mask.words, bias, _scale(scale, x))
-    backend = backend or AUTO
-    if _wants_grad(x, values, bias):
-        y: Tensor = MaskedLinear.apply(_tokens(x), *operands, backend)  # type: ignore[no-untyped-call]
-    else:
-        y = _ops.masked_linear(_tokens(x), *operands, backend)
-        if key is not None:
-            run = _over_tokens(bind("masked_linear", backend, _tokens(x), *operands), x)
-            _bound.keep(mask, key, run, (*operands, scale))
+    run = MaskedLinear.apply if _wants_grad(x, values, bias) else _ops.masked_linear
+    y: Tensor = run(_tokens(x), *operands, backend or AUTO)
+    _bound.remember(mask, key, operands, scale)
     return _restore(y, x)
 
 
@@ -98,8 +99,8 @@ def scored_linear(
     """
     x, values, bias = _autocast(x, weight, bias)
     _check_scores(scores, rule, x)
-    _check_linear(x, values, "scores", scores.shape)
-    _check_operands(x, values, bias, scores.shape)
+    check_linear(x, values, "scores", scores.shape)
+    check_operands(x, values, bias, scores.shape)
     backend = backend or AUTO
     words = rule.select(scores, backend)
     scale = rule.weight_scale(words, scores.numel())
@@ -131,14 +132,14 @@ def compact_linear(
         ``[..., N]``. Raises ``RuntimeError`` where a gradient would be wanted.
     """
     key = _bound.key_of("compact_linear", x, kept, mask, bias, scale, backend)
-    if run := _bound.find(mask, key):
-        return run(x)
+    if key and (again := _bound.repeat(mask, key, _tokens(x))) is not None:
+        return _restore(again, x)
     x, values, bias = _autocast(x, kept, bias)
     if values.dim() != 1:
         raise ValueError(f"kept: got shape {tuple(values.shape)}, expected 1 dimension")
     check_type("mask", mask, PackedMask)
-    _check_linear(x, values, "mask", mask.shape)
-    _check_operands(x, values, bias, mask.shape)
+    check_linear(x, values, "mask", mask.shape)
+    check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
     if _wants_grad(x, values, bias):
         raise RuntimeError(
@@ -146,11 +147,8 @@ def compact_linear(
             "serves inference only; pack without compact=True, or use torch.no_grad()"
         )
     operands = (values, mask.words, bias, _scale(scale, x))
-    backend = backend or AUTO
-    y = _ops.compact_linear(_tokens(x), *operands, backend)
-    if key is not None:
-        run = _over_tokens(bind("compact_linear", backend, _tokens(x), *operands), x)
-        _bound.keep(mask, key, run, (*operands, scale))
+    y = _ops.compact_linear(_tokens(x), *operands, backend or AUTO)
+    _bound.remember(mask, key, operands, scale)
     return _restore(y, x)
 
 
@@ -184,25 +182,21 @@ def masked_conv2d(
     """
     asked = (stride, padding, dilation, groups)
     key = _bound.key_of("masked_conv2d", x, weight, mask, bias, scale, backend, asked)
-    if run := _bound.find(mask, key):
-        return run(x)
+    if key and (again := _bound.repeat(mask, key, x)) is not None:
+        return again
     x, values, bias = _autocast(x, weight, bias)
     check_type("mask", mask, PackedMask)
-    batch, geometry = _check_conv2d(
-        x, values, "mask", mask.shape, stride, padding, dilation, groups
-    )
-    _check_operands(x, values, bias, mask.shape)
+    batch, geometry = check_conv2d(x, values, "mask", mask.shape, stride, padding, dilation, groups)
+    check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
     operands = (values, mask.words, bias, _scale(scale, x), list(mask.shape[2:]))
-    backend = backend or AUTO
     y: Tensor
     if _wants_grad(x, values, bias):
-        y = MaskedConv2d.apply(batch, *operands, geometry, backend)  # type: ignore[no-untyped-call]
+        y = MaskedConv2d.apply(batch, *operands, geometry, backend or AUTO)  # type: ignore[no-untyped-call]
     else:
-        y = _ops.masked_conv2d(batch, *operands, *geometry, backend)
-        if key is not None and batch is x:
-            run = bind("masked_conv2d", backend, x, *operands, *geometry)
-            _bound.keep(mask, key, run, (*operands, scale))
+        y = _ops.masked_conv2d(batch, *operands, *geometry, backend or AUTO)
+    if batch is x:  # else the op took another tensor
+        _bound.remember(mask, key, (*operands, *geometry), scale)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -235,10 +229,10 @@ def scored_conv2d(
     """
     x, values, bias = _autocast(x, weight, bias)
     _check_scores(scores, rule, x)
-    batch, geometry = _check_conv2d(
+    batch, geometry = check_conv2d(
         x, values, "scores", scores.shape, stride, padding, dilation, groups
     )
-    _check_operands(x, values, bias, scores.shape)
+    check_operands(x, values, bias, scores.shape)
     backend = backend or AUTO
     words = rule.select(scores, backend)
     scale = rule.weight_scale(words, scores.numel())
@@ -360,85 +354,6 @@ def _autocast(
     return x, values, bias
 
 
-def _check_operands(x: Tensor, values: Tensor, bias: Tensor | None, shape: Sequence[int]) -> None:
-    check_like("weight", values, "x", x)
-    if bias is not None:
-        check_type("bias", bias, Tensor)
-        check_shape("bias", bias, shape[:1])
-        check_like("bias", bias, "x", x)
-
-
-def _check_weight(values: Tensor, source: str, shape: Sequence[int], dim: int) -> None:
-    """``shape`` is that of the mask or scores; only a dense weight has a shape of its own."""
-    if len(shape) != dim:
-        raise ValueError(f"{source}: got shape {tuple(shape)}, expected {dim} dimensions")
-    if values.dim() != 1:
-        check_shape("weight", values, shape)
-
-
-def _check_linear(x: Tensor, values: Tensor, source: str, shape: Sequence[int]) -> None:
-    _check_weight(values, source, shape, dim=2)
-    if x.dim() == 0 or x.shape[-1] != shape[1]:
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)}, expected (..., {shape[1]}) for {source} {tuple(shape)}"
-        )
-
-
-def _check_conv2d(
-    x: Tensor,
-    values: Tensor,
-    source: str,
-    shape: Sequence[int],
-    stride: IntOrPair,
-    padding: IntOrPair | str,
-    dilation: IntOrPair,
-    groups: int,
-) -> tuple[Tensor, tuple[list[int], list[int], list[int], int]]:
-    """x as the op takes it (batched, padded), and (stride, padding, dilation, groups)."""
-    _check_weight(values, source, shape, dim=4)
-    if x.dim() not in (3, 4):
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, C, H, W) or (C, H, W)")
-    batch = x if x.dim() == 4 else x.unsqueeze(0)
-    if groups < 1 or batch.shape[1] != shape[1] * groups or shape[0] % groups:
-        raise ValueError(
-            f"groups: got {groups} with {batch.shape[1]} channels and {source} {tuple(shape)}, "
-            f"expected channels = groups * {shape[1]} and {shape[0]} outputs divisible by groups"
-        )
-    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    batch, paddings = _resolve_padding(batch, padding, shape[2:], strides, dilations)
-    for size, kernel, pad, gap in zip(batch.shape[2:], shape[2:], paddings, dilations, strict=True):
-        if size + 2 * pad < gap * (kernel - 1) + 1:
-            raise ValueError(
-                f"x: got spatial size {tuple(batch.shape[2:])} with padding {tuple(paddings)}, "
-                f"expected room for the kernel {tuple(shape[2:])} with dilation {tuple(dilations)}"
-            )
-    return batch, (strides, paddings, dilations, groups)
-
-
-def _resolve_padding(
-    x: Tensor,
-    padding: IntOrPair | str,
-    kernel: Sequence[int],
-    stride: list[int],
-    dilation: list[int],
-) -> tuple[Tensor, list[int]]:
-    """x and symmetric padding; ``"same"`` of an odd total pads x itself, right and bottom."""
-    if not isinstance(padding, str):
-        return x, pair("padding", padding, 0)
-    if padding == "valid":
-        return x, [0, 0]
-    if padding != "same":
-        raise ValueError(
-            f"padding: got {padding!r}, expected 'same', 'valid', an integer or a pair of integers"
-        )
-    if stride != [1, 1]:
-        raise ValueError(f"padding: got 'same' with stride {tuple(stride)}, expected stride 1")
-    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if any(t % 2 for t in total):
-        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
-    return x, [t // 2 for t in total]
-
-
 def _check_scores(scores: Tensor, rule: Rule, x: Tensor) -> None:
     check_float("scores", scores)
     check_type("rule", rule, Rule)
@@ -472,11 +387,6 @@ def _tokens(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-
-
-def _over_tokens(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    """``run``, of ``[M, K]``, for tensors of the dimensions of x."""
-    return run if x.dim() == 2 else lambda x: _restore(run(_tokens(x)), x)
 
 
 def _restore(y: Tensor, x: Tensor) -> Tensor:

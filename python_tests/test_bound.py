@@ -49,9 +49,10 @@ def test_linear_again(
         first, second = torch.randn(*lead, K), torch.randn(*lead, K)
         mk.masked_linear(first, made, mask, bias, scale=scale)
         refused.append("masked_linear")
-        again = mk.masked_linear(second, made, mask, bias, scale=scale)
+        bound, again = (mk.masked_linear(x, made, mask, bias, scale=scale) for x in (first, second))
         refused.clear()
-        assert torch.equal(again, mk.masked_linear(second, made, fresh(mask), bias, scale=scale))
+        for x, y in ((first, bound), (second, again)):
+            assert torch.equal(y, mk.masked_linear(x, made, fresh(mask), bias, scale=scale))
 
 
 def test_compact_again(mask: mk.PackedMask, backend: str, refused: list[str]) -> None:
@@ -125,7 +126,8 @@ PROTOTYPE = mk.Prototype(torch.randn(K, generator=torch.Generator().manual_seed(
 )
 def test_other_arguments_are_seen(other: dict[str, Any], mask: mk.PackedMask) -> None:
     usual: dict[str, Any] = {"x": X, "weight": PROTOTYPE}
-    mk.masked_linear(**usual, mask=mask)
+    for _ in range(3):  # remembered, bound, run
+        mk.masked_linear(**usual, mask=mask)
     y = mk.masked_linear(**{**usual, **other}, mask=mask)
     assert torch.equal(y, mk.masked_linear(**{**usual, **other}, mask=fresh(mask)))
     assert torch.equal(
@@ -146,32 +148,54 @@ def test_other_geometry_is_seen(conv_mask: mk.PackedMask) -> None:
 def test_numbers_may_change_in_place(kind: str) -> None:
     mask, weight = mk.TopK()(torch.randn(N, K)), WEIGHTS[kind]()
     values = weight.values if isinstance(weight, mk.Prototype) else weight
-    mk.masked_linear(X, weight, mask)
-    values.mul_(-3)
-    assert torch.equal(mk.masked_linear(X, weight, mask), mk.masked_linear(X, weight, fresh(mask)))
-    mask.words.copy_(mk.TopK()(torch.randn(N, K)).words)
-    assert torch.equal(mk.masked_linear(X, weight, mask), mk.masked_linear(X, weight, fresh(mask)))
+    for change in (
+        lambda: None,
+        lambda: values.mul_(-3),
+        lambda: mask.words.copy_(mk.TopK()(torch.randn(N, K)).words),
+    ):
+        change()
+        for _ in range(3):  # remembered, bound, run
+            y = mk.masked_linear(X, weight, mask)
+            assert torch.equal(y, mk.masked_linear(X, weight, fresh(mask)))
 
 
 def test_what_autograd_and_autocast_need_is_done(mask: mk.PackedMask) -> None:
-    mk.masked_linear(X, PROTOTYPE, mask)
-    x = X.clone().requires_grad_()
+    bias = torch.randn(N)
+
+    def bound(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        for _ in range(3):  # remembered, bound, run
+            mk.masked_linear(x, PROTOTYPE, mask, bias)
+        return x
+
+    x = bound(X.clone()).requires_grad_()
     mk.masked_linear(x, PROTOTYPE, mask).sum().backward()
     assert x.grad is not None
-    bias = torch.randn(N)
-    mk.masked_linear(X, PROTOTYPE, mask, bias)
+    bound(X, bias)
     bias.requires_grad_()
     assert mk.masked_linear(X, PROTOTYPE, mask, bias).requires_grad
     with torch.no_grad():
         assert not mk.masked_linear(X, PROTOTYPE, mask, bias).requires_grad
+    bound(X)
     with torch.autocast("cpu", torch.bfloat16):
         assert mk.masked_linear(X, PROTOTYPE, mask).dtype == torch.bfloat16
-    assert mk.masked_linear(X, PROTOTYPE, mask).dtype == torch.float32
-    mk.masked_linear(X[0], PROTOTYPE, mask)
+    expected = mk.masked_linear(X, PROTOTYPE, mask)
+    assert expected.dtype == torch.float32
+    bound(X[0])
     batched = torch.func.vmap(
         lambda row: mk.masked_linear(row, PROTOTYPE, mask), randomness="error"
     )
-    torch.testing.assert_close(batched(X), mk.masked_linear(X, PROTOTYPE, mask))
+    torch.testing.assert_close(batched(X), expected)
+
+
+def test_ops_are_told_apart(mask: mk.PackedMask) -> None:
+    values = torch.randn(mask.count())
+    for _ in range(2):
+        for _ in range(3):
+            as_prototype = mk.masked_linear(X, values, mask)
+        for _ in range(3):
+            as_kept = compact_linear(X, values, mask)
+        assert torch.equal(as_prototype, mk.masked_linear(X, values, fresh(mask)))
+        assert torch.equal(as_kept, compact_linear(X, values, fresh(mask)))
 
 
 def test_a_backend_asked_for_later_is_obeyed(mask: mk.PackedMask) -> None:

@@ -1,11 +1,11 @@
 """Which backend runs an op, and why not the others.
 
 A backend is a module of this folder with functions named after the ops of ``_ops.py``,
-``why_unavailable() -> str | None`` and ``why_not(op, *args) -> str | None``; one that chooses among
-kernels has ``kernel_choice(op, *args) -> str | None`` too; one that can decide for all calls like
-one at once has ``bind(op, *args)``, as below; one that remembers where a tensor's top-k threshold
-was has ``forget_thresholds()``. Listing its name in ``ORDER`` is all the
-registration there is.
+``why_unavailable() -> str | None`` and ``why_not(op, *args) -> str | None``. Listing its name in
+``ORDER`` is all the registration there is. Where they apply it also has
+``kernel_choice(op, *args) -> str | None``, if it chooses among kernels; ``bind(op, *args)``, if it
+can choose for all calls like one at once; ``forget_thresholds()``, if it remembers where a tensor's
+top-k threshold was.
 """
 
 import functools

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _ops
 from .backends import AUTO, bind, requested
 from .mask import PackedMask
 from .prototype import Prototype
@@ -44,13 +45,11 @@ def key_of(
     backend: str | None,
     geometry: object = None,
 ) -> Key | None:
-    """What checks and choices depend on; None for a call that a compiler, a mode, autocast or
-    autograd needs to see, or whose arguments are not of the usual types.
+    """What checks and choices depend on; None for a call that a compiler, a mode, a
+    transform, autocast or autograd needs to see, or whose arguments are not of the usual types.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        _ops.is_watched()
         or type(mask) is not PackedMask
         or type(x) not in _TENSORS
         or type(bias) not in _OPTIONAL_TENSORS

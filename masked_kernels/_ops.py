@@ -47,6 +47,15 @@ def _define(name: str, arguments: str, fake: Callable[..., Any], result: str = "
     return call
 
 
+def is_watched() -> bool:
+    """Whether a compiler, a mode or a transform needs to see what is called."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, list, type(None)))
 """Types of arguments; a list is of integers."""
 
@@ -58,12 +67,7 @@ def _is_plain_call(args: tuple[Any, ...]) -> bool:
     Then the backend is called at once. The dispatcher's way to a kernel in Python costs 10 µs, as
     much as a small layer.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or not _PLAIN.issuperset(map(type, args))
-    ):
+    if is_watched() or not _PLAIN.issuperset(map(type, args)):
         return False
     wants_grad = torch.is_grad_enabled()
     return not any(

@@ -185,6 +185,9 @@ def test_what_autograd_and_autocast_need_is_done(mask: mk.PackedMask) -> None:
         lambda row: mk.masked_linear(row, PROTOTYPE, mask), randomness="error"
     )
     torch.testing.assert_close(batched(X), expected)
+    bound(X)
+    with pytest.raises(RuntimeError, match="setup_context"):  # refused, not taken for a constant
+        torch.func.grad(lambda x: mk.masked_linear(x, PROTOTYPE, mask).sum())(X)
 
 
 def test_ops_are_told_apart(mask: mk.PackedMask) -> None:

@@ -22,7 +22,7 @@ LAYERS = {
     "prototype": {"_ops", "_checks", "backends", "draw"},
     "rules": {"_ops", "_checks", "backends", "mask"},
     "autograd": {"_ops"},
-    "_bound": {"backends", "mask", "prototype"},
+    "_bound": {"_ops", "backends", "mask", "prototype"},
     "functional": {
         *("_bound", "_ops", "autograd", "_checks", "backends"),
         *("mask", "prototype", "rules"),

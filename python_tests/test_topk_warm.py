@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from masked_kernels import _ops
-from masked_kernels.backends import why_unavailable
+from masked_kernels.backends import forget_thresholds, why_unavailable
 
 if reason := why_unavailable("triton"):
     pytest.skip(f"backend 'triton' is unavailable: {reason}", allow_module_level=True)
@@ -71,6 +71,15 @@ def test_ties_at_the_threshold(absolute: bool, backend: str, hits: list[bool]) -
     for drop in (1540, 1540, 1570, 1570):
         check(scores, drop, absolute, backend)
     assert hits == [False, True, False, True]
+
+
+def test_forgetting(backend: str, hits: list[bool]) -> None:
+    scores = torch.randn(24, 130)
+    for _ in range(2):
+        check(scores, 2100, True, backend)
+    forget_thresholds()
+    check(scores, 2100, True, backend)
+    assert hits == [False, True, False]
 
 
 def test_more_in_the_band_than_room_for_them(backend: str, hits: list[bool]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 import masked_kernels as mk
 from masked_kernels.backends import forget_thresholds
 
-from ..problem import Case, ErrorOf, Problem, Provider
+from ..problem import Case, ErrorOf, Problem, Provider, unchanged
 from ..providers import sort_and_scatter, topk_and_scatter
 
 DENSITY = 0.5
@@ -46,18 +46,14 @@ class SelectTopK(Case):
         def ours(scores: Tensor) -> Tensor:
             return rule.select(scores, backend)
 
-        def provider(run: Callable[[Tensor], Any], moved: int | None = None) -> Provider:
-            if not self.warm:
-                return Provider(run, refresh=_forgotten, moved=moved)
-            step = self._steps()
-            return Provider(run, prepare=Tensor.clone, refresh=step, moved=moved)
-
-        def cold() -> Provider:
-            step = self._steps()
+        def provider(
+            run: Callable[[Tensor], Any], moved: int | None = None, cold: bool = not self.warm
+        ) -> Provider:
+            step = self._steps() if self.warm else unchanged
             return Provider(
-                ours,
-                prepare=Tensor.clone,
-                refresh=lambda scores: _forgotten(step(scores)),
+                run,
+                prepare=Tensor.clone if self.warm else unchanged,
+                refresh=(lambda scores: _forgotten(step(scores))) if cold else step,
                 moved=moved,
             )
 
@@ -66,9 +62,9 @@ class SelectTopK(Case):
             "torch.topk": lambda: provider(lambda scores: topk_and_scatter(scores, keep)),
         }
         if self.warm:
-            providers["ours, cold"] = cold
+            providers["ours, cold"] = lambda: provider(ours, moved, cold=True)
         else:
-            providers["sort and scatter"] = lambda: Provider(
+            providers["sort and scatter"] = lambda: provider(
                 lambda scores: sort_and_scatter(scores.abs(), keep)
             )
         return Problem(

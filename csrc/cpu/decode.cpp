@@ -74,6 +74,18 @@ MK_AVX2 MK_INLINE void transpose_square(
   }
 }
 
+// The bit of each lane in the word, or, where lanes have 16 bits, in its half of the word.
+template <class T>
+struct LaneBits {
+  static constexpr int kParts = sizeof(T), kLanes = kWordBits / kParts;
+  alignas(32) T of[kParts][kLanes] = {};
+
+  constexpr LaneBits() {
+    for (int i = 0; i < kWordBits; ++i)
+      of[i / kLanes][i % kLanes] = static_cast<T>(uint64_t{1} << i % (8 * sizeof(T)));
+  }
+};
+
 // All ones in the lanes whose bit is set in both.
 template <class T>
 MK_AVX2 MK_INLINE __m256i lanes_of(__m256i word, __m256i bits) {
@@ -86,15 +98,10 @@ MK_AVX2 MK_INLINE __m256i lanes_of(__m256i word, __m256i bits) {
 template <class T>
 MK_AVX2 void decode_span(const T* values, const uint32_t* words, int64_t count, T* out) {
   constexpr int kParts = sizeof(T), kLanes = kWordBits / kParts;
-  // Bit l of each lane l, of as many bits of the word as a lane of 16 bits holds.
-  T bit_of_lane[kParts][kLanes];
-  for (int part = 0; part < kParts; ++part)
-    for (int lane = 0; lane < kLanes; ++lane)
-      bit_of_lane[part][lane] =
-          static_cast<T>(uint64_t{1} << (part * kLanes + lane) % (8 * sizeof(T)));
+  static constexpr LaneBits<T> kBits;
   __m256i bits[kParts];
   for (int part = 0; part < kParts; ++part)
-    bits[part] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bit_of_lane[part]));
+    bits[part] = _mm256_load_si256(reinterpret_cast<const __m256i*>(kBits.of[part]));
   for (; count >= kWordBits; count -= kWordBits, values += kWordBits, out += kWordBits) {
     const uint32_t word = *words++;
     // Lanes of 16 bits see a half of the word each.

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import _fused
-from ._native import as_float, isa, native
+from ._native import isa, native
 from .aligned import aligned_linear_fused_
-from .conv2d import as_pixels, masked_conv2d
+from .conv2d import masked_conv2d
+from .depthwise import as_pixels, depthwise_fused_
 from .linear import masked_linear
 from .plan import linear_plan, row_patterns
 
@@ -94,17 +95,7 @@ def _fused_(
     affine = affine.contiguous()
     channels = x.shape[3]
     if groups == channels == words.shape[0] and [*stride, *dilation] == [1, 1, 1, 1]:
-        native().depthwise_fused_(
-            y,
-            x,
-            as_float(values),
-            words.contiguous(),
-            *kernel_size,
-            *padding,
-            affine,
-            activation,
-            residual,
-        )
+        depthwise_fused_(y, x, values, words, affine, activation, residual, kernel_size, padding)
         return
     tokens, outputs = x.shape[:3].numel(), words.shape[0]
     if groups == 1 and [*kernel_size, *stride, *padding] == [1, 1, 1, 1, 0, 0]:

@@ -52,6 +52,11 @@ _COPIES = ("decode",)
 _OLDEST = (8, 0)  # compute capability: bfloat16 and asynchronous copies
 
 
+def forget_thresholds() -> None:
+    """As ``backends.forget_thresholds`` says."""
+    importlib.import_module(".topk_warm", __name__).forget_thresholds()
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

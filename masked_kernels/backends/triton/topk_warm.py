@@ -80,6 +80,11 @@ def hints(device: torch.device) -> Tensor | None:
     return _hints[device]
 
 
+def forget_thresholds() -> None:
+    for table in _hints.values():
+        table.zero_()
+
+
 @dataclass(frozen=True)
 class WarmStart:
     """The memory of one call, and what each layer's facts gain. ``grid`` is that of the counting

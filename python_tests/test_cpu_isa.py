@@ -1,4 +1,6 @@
-"""The cpu backend on every instruction set of this machine, not only the best."""
+"""The cpu backend on every instruction set of this machine, not only the best: the tests of all
+backends, which assert, run on each.
+"""
 
 from collections.abc import Iterator
 
@@ -13,7 +15,7 @@ from masked_kernels import backends
 if reason := backends()["cpu"]:
     pytest.skip(f"backend 'cpu' is unavailable: {reason}", allow_module_level=True)
 
-from masked_kernels.backends.cpu import _native
+from masked_kernels.backends.cpu import _native, linear
 
 
 @pytest.fixture(params=["scalar", "avx2", "avx512"], autouse=True)
@@ -28,9 +30,14 @@ def forced_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     _native.isa.cache_clear()
 
 
+@pytest.mark.parametrize("plan", ["planned", "direct"])
 @pytest.mark.parametrize("period", PERIODS)
 @pytest.mark.parametrize("case", LINEAR, ids=str)
-def test_masked_linear(case: Linear, period: str) -> None:
+def test_masked_linear(
+    case: Linear, period: str, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plan != "planned":  # a kernel that serves any problem, where others are chosen for speed
+        monkeypatch.setattr(linear, "linear_plan", lambda *sizes: plan)
     test_functional.test_masked_linear(case, period, torch.float32, "cpu")
 
 

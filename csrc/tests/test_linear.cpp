@@ -134,7 +134,7 @@ int main() {
           test_compact(exec, tokens, {rows, cols}, tokens % 2 == 0, random);
     for (const int64_t cols : kCols)
       for (const int64_t rows : {1, 16, 37, 150})
-        for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 40})
+        for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 41})
           for (const int64_t period :
               {int64_t{1}, cols % 2 ? cols : cols / 2, cols, 2 * cols, 7 * cols, 200 * cols})
             test_aligned(exec, tokens, {rows, cols}, period, tokens % 2 == 0, random);

@@ -1,0 +1,367 @@
+// The inner loops of aligned_linear: tables of subset sums, and the products looked up in them.
+//
+// Two ways. With *rows in lanes* a table of one token lies in registers, and a permutation looks
+// the same columns of many rows up at once: for few tokens. With *tokens in lanes* each subset has
+// a vector of its sums for many tokens, and a row adds the one that its bits name, straight from
+// the L1 cache: an instruction for the products of five columns with eight tokens.
+#pragma once
+
+#include "prefetch.h"
+#include "square.h"
+#include "target.h"
+
+#include "masked_kernels/kernels.h"
+
+#include <algorithm>
+
+namespace masked_kernels {
+namespace {
+
+constexpr int64_t kBlockRows = AlignedRows::kBlock;
+constexpr int64_t kTableColumns = 5, kSubsets = 1 << kTableColumns; // of a table
+constexpr int64_t kWordTables = kTileColumns / kTableColumns;
+constexpr int64_t kTableFloats = kWordTables * kSubsets; // of a word, per token
+constexpr int64_t kMostFewTokens = 6, kMostTokens = 16;
+constexpr int64_t kFewWords = 9; // of columns whose tables for 6 tokens fit the L1 cache
+// Words of columns that one running sum takes. A total of short sums rounds less than a long sum.
+constexpr int64_t kRunWords = 3;
+constexpr int64_t kAllBlocks = INT64_MAX;
+
+// The tables of `columns` columns from x [tokens, columns], columns a multiple of kTileColumns.
+using BuildTables = void (*)(const float* x, int64_t tokens, int64_t columns, float* tables);
+
+// sums [blocks, tokens, 16] += what the rows' bits look up in the tables of `words` words of
+// columns. A block's tile is [words, 16]; that of the next block lies `tile_stride` words on.
+using MicroKernel = void (*)(const uint32_t* tiles, int64_t tile_stride, int64_t words,
+    const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead);
+
+// [16, tokens] becomes [tokens, 16] in place.
+using ByToken = void (*)(float* sums);
+
+// How some tokens are multiplied at once.
+struct Pass {
+  int tokens;
+  int64_t words; // of columns whose tables fit the L1 cache
+  BuildTables build_tables;
+  int blocks; // of rows at once
+  MicroKernel kernel;
+  MicroKernel single;         // for the blocks that remain
+  ByToken by_token = nullptr; // where a block's sums are [16, tokens] until they are complete
+};
+
+struct Passes {
+  Pass few[kMostFewTokens]; // for 1, 2, ... tokens
+  Pass many[2];             // for 16 and for 8 tokens, not all of which need to be there
+  int64_t most;             // tokens of a pass
+  int64_t blocks;           // whose sums fit the L2 cache
+
+  bool has_many() const { return most > kMostFewTokens; }
+
+  // Of tables that a pass keeps, for each of its tokens.
+  int64_t most_words() const {
+    int64_t words = kMostFewTokens * kFewWords;
+    for (const Pass& pass : many)
+      words = std::max(words, pass.tokens * pass.words);
+    return words;
+  }
+
+  // Tokens that threads share, so that all but the last pass of each are full.
+  int64_t unit() const { return has_many() ? most : 1; }
+
+  // For the first of `tokens` tokens; those that it has above that are 0.
+  const Pass& first_of(int64_t tokens) const {
+    if (has_many() && tokens > kMostFewTokens)
+      return many[tokens <= many[1].tokens];
+    return few[tokens / ceil_div(tokens, kMostFewTokens) - 1];
+  }
+};
+
+namespace scalar {
+
+template <int kTokens>
+void micro_kernel(const uint32_t* tile, int64_t, int64_t words, const float* tables, float* sums,
+    const Ahead&, const Ahead&) {
+  for (int64_t word = 0; word < words; ++word) {
+    float acc[kTokens * kBlockRows] = {};
+    for (int64_t table = 0; table < kWordTables; ++table, tables += kTokens * kSubsets)
+      for (int64_t lane = 0; lane < kBlockRows; ++lane) {
+        const uint32_t index =
+            tile[word * kBlockRows + lane] >> table * kTableColumns & (kSubsets - 1);
+        for (int t = 0; t < kTokens; ++t)
+          acc[t * kBlockRows + lane] += tables[t * kSubsets + index];
+      }
+    for (int64_t i = 0; i < kTokens * kBlockRows; ++i)
+      sums[i] += acc[i];
+  }
+}
+
+void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables) {
+  for (int64_t k = 0; k < columns; k += kTableColumns)
+    for (int64_t t = 0; t < tokens; ++t, tables += kSubsets)
+      for (int64_t subset = 0; subset < kSubsets; ++subset) {
+        tables[subset] = 0.0f;
+        for (int64_t j = 0; j < kTableColumns; ++j)
+          tables[subset] += subset >> j & 1 ? x[t * columns + k + j] : 0.0f;
+      }
+}
+
+template <int kTokens>
+constexpr Pass pass() {
+  return {kTokens, kMostFewTokens * kFewWords / kTokens, build_tables, 1, micro_kernel<kTokens>,
+      micro_kernel<kTokens>};
+}
+
+constexpr Passes kPasses = {{pass<1>(), pass<2>(), pass<3>(), pass<4>(), pass<5>(), pass<6>()}, {},
+    kMostFewTokens, kAllBlocks};
+
+} // namespace scalar
+
+#if MK_X86
+namespace avx2 {
+
+// Rows in lanes: the 8 sums of 3 columns, and half a block.
+
+constexpr int64_t kHalf = kBlockRows / 2;
+constexpr int64_t kColumns = 3, kTables = kTileColumns / kColumns;
+constexpr int kTokenLanes = 8;
+constexpr int64_t kManyWords = 4; // of columns whose tables for 8 tokens fit the L1 cache
+
+// As in avx512, but the totals stay in memory: registers are few.
+template <int kBlocks, int kTokens>
+MK_AVX2 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t words,
+    const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
+  y_ahead.fetch();
+  x_ahead.fetch();
+  for (int64_t word = 0; word < words; ++word, tiles += kBlockRows) {
+    __m256i index[2 * kBlocks];
+    __m256 acc[2 * kBlocks][kTokens];
+#pragma GCC unroll 8
+    for (int b = 0; b < 2 * kBlocks; ++b) {
+      const uint32_t* half = tiles + b / 2 * tile_stride + b % 2 * kHalf;
+      index[b] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half));
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t)
+        acc[b][t] = _mm256_setzero_ps();
+    }
+#pragma GCC unroll 1
+    for (int64_t table = 0; table < kTables; ++table, tables += kTokens * kHalf) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        __m256 sum_of = _mm256_load_ps(tables + t * kHalf);
+        asm("" : "+x"(sum_of)); // a permutation of memory takes Zen 3 twice as long
+#pragma GCC unroll 8
+        for (int b = 0; b < 2 * kBlocks; ++b) { // by the low 3 bits of a lane
+          const __m256 sum = _mm256_permutevar8x32_ps(sum_of, index[b]);
+          acc[b][t] = _mm256_add_ps(acc[b][t], sum);
+        }
+      }
+#pragma GCC unroll 8
+      for (int b = 0; b < 2 * kBlocks; ++b)
+        index[b] = _mm256_srli_epi32(index[b], kColumns);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < 2 * kBlocks; ++b)
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        float* sum = sums + ((b / 2 * kTokens + t) * 2 + b % 2) * kHalf;
+        _mm256_store_ps(sum, _mm256_add_ps(_mm256_load_ps(sum), acc[b][t]));
+      }
+  }
+}
+
+// Lanes whose subset holds column j.
+MK_AVX2 MK_INLINE __m256 subsets_with(int j) {
+  const __m256i subset = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i bit = _mm256_set1_epi32(1 << j);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(subset, bit), bit));
+}
+
+MK_AVX2 void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables) {
+  const __m256 with[kColumns] = {subsets_with(0), subsets_with(1), subsets_with(2)};
+  for (int64_t k = 0; k < columns; k += kColumns)
+    for (int64_t t = 0; t < tokens; ++t, tables += kHalf) {
+      const float* three = x + t * columns + k;
+      __m256 sums = _mm256_setzero_ps();
+      for (int64_t i = 0; i < kColumns; ++i)
+        sums = _mm256_add_ps(sums, _mm256_and_ps(with[i], _mm256_set1_ps(three[i])));
+      _mm256_store_ps(tables, sums);
+    }
+}
+
+// Tokens in lanes: `kVectors` vectors of them for each subset.
+template <int kVectors>
+MK_AVX2 void add_looked_up(const uint32_t* tile, int64_t tile_stride, int64_t words,
+    const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
+  constexpr int kTokens = kVectors * kTokenLanes, kRows = 8 / kVectors; // sums in 8 registers
+  constexpr int kLogTokens = kVectors == 1 ? 3 : 4;
+  y_ahead.fetch();
+  x_ahead.fetch();
+  for (int64_t word = 0; word < words; ++word) // of the next block, too far on to be foreseen
+    __builtin_prefetch(tile + tile_stride + word * kBlockRows);
+  for (int64_t row = 0; row < kBlockRows; row += kRows, sums += kRows * kTokens) {
+    __m256 acc[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v)
+        acc[r][v] = _mm256_setzero_ps();
+    const float* table = tables;
+    for (int64_t word = 0; word < words; ++word) {
+      uint64_t bits[kRows];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        bits[r] = tile[word * kBlockRows + row + r];
+#pragma GCC unroll 8
+      for (int i = 0; i < kWordTables; ++i, table += kSubsets * kTokens)
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          constexpr uint32_t kOffsets = (kSubsets - 1) * kTokens;
+          const int shift = i * kTableColumns - kLogTokens;
+          uint64_t offset = (shift < 0 ? bits[r] << -shift : bits[r] >> shift) & kOffsets;
+          // One offset before the sum that needs the one before: GCC makes all first, and spills.
+          asm volatile("" : "+r"(offset), "+x"(acc[r][0]), "+x"(acc[r][kVectors - 1]));
+          const float* sums_of = table + offset;
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v)
+            acc[r][v] = _mm256_add_ps(acc[r][v], _mm256_load_ps(sums_of + v * kTokenLanes));
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        float* sum = sums + r * kTokens + v * kTokenLanes;
+        _mm256_store_ps(sum, _mm256_add_ps(_mm256_load_ps(sum), acc[r][v]));
+      }
+  }
+}
+
+// tables [columns / 5, 32, tokens]
+template <int kVectors>
+MK_AVX2 void build_token_tables(const float* x, int64_t, int64_t columns, float* tables) {
+  constexpr int kTokens = kVectors * kTokenLanes;
+  alignas(32) float by_column[kManyWords * kTileColumns][kTokens];
+  for (int64_t t = 0; t < kTokens; t += kTokenLanes)
+    for (int64_t k = 0; k < columns; k += kTokenLanes) {
+      const int64_t col = std::min(k, columns - kTokenLanes); // the last square overlaps
+      transpose_square(x + t * columns + col, columns, &by_column[col][t], kTokens);
+    }
+  for (int64_t k = 0; k < columns; k += kTableColumns, tables += kSubsets * kTokens)
+#pragma GCC unroll 2
+    for (int v = 0; v < kTokens; v += kTokenLanes) {
+      _mm256_store_ps(tables + v, _mm256_setzero_ps());
+#pragma GCC unroll 8
+      for (int j = 0; j < kTableColumns; ++j) { // the subsets with column j and none after it
+        const __m256 column = _mm256_load_ps(&by_column[k + j][v]);
+        const float* without = tables + v;
+        float* with = tables + v + (kTokens << j);
+#pragma GCC unroll 16
+        for (int subset = 0; subset < 1 << j; ++subset)
+          _mm256_store_ps(with + subset * kTokens,
+              _mm256_add_ps(_mm256_load_ps(without + subset * kTokens), column));
+      }
+    }
+}
+
+template <int kTokens>
+MK_AVX2 void by_token(float* sums) {
+  alignas(32) float rows[kBlockRows * kTokens];
+  std::copy_n(sums, kBlockRows * kTokens, rows);
+  for (int64_t row = 0; row < kBlockRows; row += kTokenLanes)
+    for (int64_t t = 0; t < kTokens; t += kTokenLanes)
+      transpose_square(rows + row * kTokens + t, kTokens, sums + t * kBlockRows + row, kBlockRows);
+}
+
+template <int kBlocks, int kTokens>
+constexpr Pass few() {
+  return {kTokens, kMostFewTokens * kFewWords / kTokens, build_tables, kBlocks,
+      micro_kernel<kBlocks, kTokens>, micro_kernel<1, kTokens>};
+}
+
+template <int kVectors>
+constexpr Pass many() {
+  constexpr int kTokens = kVectors * kTokenLanes;
+  return {kTokens, kManyWords / kVectors, build_token_tables<kVectors>, 1, add_looked_up<kVectors>,
+      add_looked_up<kVectors>, by_token<kTokens>};
+}
+
+constexpr Passes kPasses = {
+    {few<3, 1>(), few<2, 2>(), few<1, 3>(), few<1, 4>(), few<1, 5>(), few<1, 6>()},
+    {many<2>(), many<1>()}, kMostTokens, 128};
+
+} // namespace avx2
+
+namespace avx512 {
+
+// Running sums of kRunWords words at most, then added to `sums`.
+template <int kBlocks, int kTokens>
+MK_AVX512 MK_INLINE void add_run(
+    const uint32_t* tiles, int64_t tile_stride, int64_t words, const float* tables, float* sums) {
+  __m512 acc[kBlocks][kTokens] = {};
+  for (int64_t word = 0; word < words; ++word, tiles += kBlockRows) {
+    __m512i index[kBlocks];
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b)
+      index[b] = _mm512_loadu_si512(tiles + b * tile_stride);
+    // Unrolled, GCC looks everything up first and runs out of registers.
+#pragma GCC unroll 1
+    for (int64_t table = 0; table < kWordTables; ++table, tables += kTokens * kSubsets) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512 low = _mm512_load_ps(tables + t * kSubsets);
+        const __m512 high = _mm512_load_ps(tables + t * kSubsets + kBlockRows);
+#pragma GCC unroll 8
+        for (int b = 0; b < kBlocks; ++b) // by the low 5 bits of a lane
+          acc[b][t] = _mm512_add_ps(acc[b][t], _mm512_permutex2var_ps(low, index[b], high));
+      }
+#pragma GCC unroll 8
+      for (int b = 0; b < kBlocks; ++b)
+        index[b] = _mm512_srli_epi32(index[b], kTableColumns);
+    }
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t, sums += kBlockRows)
+      _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), acc[b][t]));
+}
+
+template <int kBlocks, int kTokens>
+MK_AVX512 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t words,
+    const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
+  for (int64_t word = 0; word < words; word += kRunWords) {
+    y_ahead.share(word / kRunWords, ceil_div(words, kRunWords)).fetch();
+    x_ahead.share(word / kRunWords, ceil_div(words, kRunWords)).fetch();
+    add_run<kBlocks, kTokens>(tiles + word * kBlockRows, tile_stride,
+        std::min(kRunWords, words - word), tables + word * kTokens * kTableFloats, sums);
+  }
+}
+
+MK_AVX512 void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables) {
+  for (int64_t k = 0; k < columns; k += kTableColumns)
+    for (int64_t t = 0; t < tokens; ++t, tables += kSubsets) {
+      const float* five = x + t * columns + k;
+      __m512 low = _mm512_maskz_mov_ps(0xaaaa, _mm512_set1_ps(five[0])); // subsets with column 0
+      low = _mm512_mask_add_ps(low, 0xcccc, low, _mm512_set1_ps(five[1]));
+      low = _mm512_mask_add_ps(low, 0xf0f0, low, _mm512_set1_ps(five[2]));
+      low = _mm512_mask_add_ps(low, 0xff00, low, _mm512_set1_ps(five[3]));
+      _mm512_store_ps(tables, low);
+      _mm512_store_ps(tables + kBlockRows, _mm512_add_ps(low, _mm512_set1_ps(five[4])));
+    }
+}
+
+template <int kBlocks, int kTokens>
+constexpr Pass few() {
+  return {kTokens, kMostFewTokens * kFewWords / kTokens, build_tables, kBlocks,
+      micro_kernel<kBlocks, kTokens>, micro_kernel<1, kTokens>};
+}
+
+constexpr Passes kPasses = {
+    {few<8, 1>(), few<8, 2>(), few<6, 3>(), few<4, 4>(), few<4, 5>(), few<4, 6>()}, {},
+    kMostFewTokens, kAllBlocks};
+
+} // namespace avx512
+#endif
+
+} // namespace
+} // namespace masked_kernels

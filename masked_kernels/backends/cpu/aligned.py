@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ._native import as_float, native, optional_float
@@ -57,17 +58,20 @@ def aligned_linear_grad_x(
     """For each row pattern: the binary product with its transposed bits, times its values."""
     patterns = row_patterns(cols, values.numel()) or 1
     row_values = as_float(values).repeat(max(cols // values.numel(), 1)).view(patterns, cols)
+    affine = row_values.new_zeros(4, cols)
+    affine[2] = 1
     one = row_values.new_ones(1)
-    grad_x = None
+    grad_x = row_values.new_empty(1, 1, grad_y.shape[0], cols)
     for pattern in range(patterns):
         bits = transpose(words[pattern::patterns], cols)
         tiles = native().aligned_tiles(bits, words[pattern::patterns].shape[0], 1)
-        grad_tokens = as_float(grad_y[:, pattern::patterns])
-        part = native().aligned_linear(grad_tokens, one, tiles, cols, None, optional_float(scale))
-        part *= row_values[pattern]
-        grad_x = part if grad_x is None else grad_x.add_(part)
-    assert isinstance(grad_x, Tensor)
-    return grad_x.to(grad_y.dtype)
+        torch.mul(row_values[pattern], 1 if scale is None else scale, out=affine[0])
+        grad_tokens = as_float(grad_y[:, pattern::patterns])[None, None]
+        others = grad_x if pattern else None
+        native().aligned_linear_fused_(
+            grad_x, grad_tokens, one, tiles, cols, affine, "identity", others
+        )
+    return grad_x.view(-1, cols).to(grad_y.dtype)
 
 
 def _tiles(words: Tensor, cols: int, patterns: int) -> Tensor:

@@ -2,10 +2,10 @@
 // reads one of few value vectors v_0 .. v_{c-1}, row o reading v_{o % c}.
 //
 // Then the weight need not be multiplied at all: scale x by v_p, and each product is a sum of those
-// x whose bit is set. Five columns have 32 such sums. A table of them fills two vector registers,
-// and one permutation looks up five columns of 16 rows at once, 80 products that a fused
-// multiply-add would need five instructions for. The sums are those of float32, nothing is rounded
-// that a dot product would not round.
+// x whose bit is set. Five columns have 32 such sums, and as soon as more rows than that share them
+// it pays to make a table of the sums and look five columns up at once (aligned_tables.h has the
+// two ways to). The sums are those of float32, nothing is rounded that a dot product would not
+// round.
 #include "aligned_tables.h"
 #include "epilogue.h"
 

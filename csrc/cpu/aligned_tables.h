@@ -120,11 +120,8 @@ constexpr Passes kPasses = {{pass<1>(), pass<2>(), pass<3>(), pass<4>(), pass<5>
 namespace avx2 {
 
 // Rows in lanes: the 8 sums of 3 columns, and half a block.
-
 constexpr int64_t kHalf = kBlockRows / 2;
 constexpr int64_t kColumns = 3, kTables = kTileColumns / kColumns;
-constexpr int kTokenLanes = 8;
-constexpr int64_t kManyWords = 4; // of columns whose tables for 8 tokens fit the L1 cache
 
 // As in avx512, but the totals stay in memory: registers are few.
 template <int kBlocks, int kTokens>
@@ -189,6 +186,10 @@ MK_AVX2 void build_tables(const float* x, int64_t tokens, int64_t columns, float
 }
 
 // Tokens in lanes: `kVectors` vectors of them for each subset.
+constexpr int kTokenLanes = 8;
+constexpr int64_t kManyWords = 4; // of columns whose tables for 8 tokens fit the L1 cache
+
+// sums [blocks, 16, tokens]
 template <int kVectors>
 MK_AVX2 void add_looked_up(const uint32_t* tile, int64_t tile_stride, int64_t words,
     const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {

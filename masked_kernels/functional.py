@@ -30,6 +30,11 @@ from .rules import Rule
 
 Weight = Tensor | Prototype
 
+_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
+"""Devices that have it. Asked once: torch 2.11 cannot compile the question."""
+
 
 def masked_linear(
     x: Tensor,
@@ -345,7 +350,7 @@ def _autocast(
     values = weight.values if isinstance(weight, Prototype) else weight
     kind = x.device.type
     if (
-        torch.amp.is_autocast_available(kind)
+        kind in _AUTOCAST
         and torch.is_autocast_enabled(kind)
         and x.dtype != torch.float64
     ):

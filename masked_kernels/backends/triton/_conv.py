@@ -154,7 +154,7 @@ def image_at(strides, image, row, col, channel):
 @triton.jit
 def add_residual_of_image(sums, output, image, row, col, channel, ok):
     """Sums [pixel, channel] with a residual ``[B, C, H, W]``."""
-    residual, strides = output[3], output[4]
+    residual, strides = output[3], output[4:]
     if residual is not None:
         at = image_at(strides, image, row, col, channel)
         sums += tl.load(residual + at, mask=ok, other=0.0).to(tl.float32)

@@ -27,10 +27,12 @@ class Output:
     residual: Tensor | None = None
 
     def arguments(self) -> tuple[object, ...]:
-        """The argument of ``finished`` and of ``add_residual``."""
+        """The argument of ``finished`` and of ``add_residual``. Strides stand beside the rest: Triton
+        3.6 forgets a 1 in a tuple inside a tuple at the first loop.
+        """
         affine = None if self.affine is None else self.affine.contiguous()
         strides = () if self.residual is None else self.residual.stride()
-        return self.bias, self.scale, affine, self.residual, strides
+        return self.bias, self.scale, affine, self.residual, *strides
 
     def finish(self, y: Tensor, sums: Tensor) -> None:
         """Fill ``y`` ``[tokens, rows]`` from ``sums`` ``[parts, tokens, rows]``, which are added in
@@ -53,7 +55,7 @@ def _of_rows(vector, row, row_ok, AXIS: tl.constexpr):
 @triton.jit
 def finished(sums, output, row, row_ok, rows, ACTIVATION: tl.constexpr, AXIS: tl.constexpr):
     """Sums of two dimensions, all but the residual done; the rows run along AXIS."""
-    bias, scale, affine, _residual, _strides = output
+    bias, scale, affine = output[0], output[1], output[2]
     if scale is not None:
         sums *= tl.load(scale).to(tl.float32)
     if bias is not None:
@@ -103,7 +105,7 @@ def _finish_kernel(
 @triton.jit
 def add_residual_of_tokens(sums, output, token, row, ok):
     """Sums [tokens, rows] with a residual ``[tokens, rows]``."""
-    residual, strides = output[3], output[4]
+    residual, strides = output[3], output[4:]
     if residual is not None:
         at = token.to(tl.int64)[:, None] * strides[0] + row.to(tl.int64)[None, :] * strides[1]
         sums += tl.load(residual + at, mask=ok, other=0.0).to(tl.float32)

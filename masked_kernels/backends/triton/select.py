@@ -95,7 +95,7 @@ def sort_keys(score, ABSOLUTE: tl.constexpr):
     magnitude = bits & 0x7FFFFFFF
     if ABSOLUTE:
         return magnitude
-    return tl.where(bits > 0x80000000, ~bits, magnitude | 0x80000000)
+    return tl.where(bits > 0x80000000, bits ^ 0xFFFFFFFF, magnitude | 0x80000000)
 
 
 @triton.jit

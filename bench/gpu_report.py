@@ -90,6 +90,7 @@ def write(result: dict[str, Any], out: Path) -> None:
 def run_tests(log: TextIO) -> dict[str, Any]:
     """The op tests on the GPU; not all of them, as every shape compiles kernels of its own."""
     command = [sys.executable, "-m", "pytest", "-q", "--backend=triton", "--device=cuda"]
+    command += ["-p", "no:benchmark"]  # it warns beside xdist, and warnings are errors
     command += ["--require-backend=triton", "--pairwise", "python_tests"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(os.cpu_count() or 1, 12))]

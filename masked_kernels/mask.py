@@ -56,8 +56,8 @@ class PackedMask:
 
     @classmethod
     def from_bytes(cls, data: bytes, shape: torch.Size | tuple[int, ...]) -> "PackedMask":
-        """The mask whose ``to_bytes`` is ``data``; raises ``ValueError`` if the length or the
-        unused last bits do not fit.
+        """The mask whose ``to_bytes`` is ``data``, on the CPU; raises ``ValueError`` if the length
+        or the unused last bits do not fit.
         """
         size = torch.Size(shape)
         count = size.numel()
@@ -70,7 +70,13 @@ class PackedMask:
             raise ValueError(
                 f"data: got set bits after bit {count}, expected zeros to the end of the last byte"
             )
-        return cls.from_bool(torch.from_numpy(bits[:count]).bool().view(size))
+        rows, cols = matrix_shape(size)
+        width = 32 * words_per_row(cols)
+        padded = np.zeros((rows, width), np.uint8)
+        padded[:, :cols] = bits[:count].reshape(rows, cols)
+        # On the host without a backend: the one in use may be that of a GPU.
+        words = np.packbits(padded, bitorder="little").view("<i4").astype(np.int32, copy=False)
+        return cls(torch.from_numpy(words.reshape(rows, width // 32)), size)
 
     @property
     def shape(self) -> torch.Size:

@@ -32,6 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # A shell's background jobs ignore SIGINT, and so would the processes that tests stop by it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Convolutions of plain PyTorch, which tests compare with, would take TF32 on a GPU.
+    torch.backends.cudnn.allow_tf32 = False
     for name in filter(None, config.getoption("--require-backend").split(",")):
         if reason := backends()[name]:
             raise pytest.UsageError(f"backend {name!r} is required but unavailable: {reason}")

@@ -55,8 +55,9 @@ def test_masked_linear(case: Linear, period: str, dtype: torch.dtype, backend: s
     for kind in MASKS:
         mask = make_mask(kind, shape)
         draws = [inputs]
-        if (case.m, period, kind) == (1, "1", "all"):
-            # All outputs are one sum, whose error in plain PyTorch is luck: that of many, together.
+        if case.m <= 3 and period in ("1", "2K") and kind == "all":
+            # All outputs of a token are one or two sums, whose error in plain PyTorch is luck: that
+            # of many, together.
             draws += [linear_inputs(case, dtype) for _ in range(31)]
         results = [linear_results(*each, weight, mask, backend) for each in draws]
         for name, *of_draws in zip(NAMES, *results, strict=False):

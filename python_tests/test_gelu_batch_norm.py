@@ -30,8 +30,8 @@ def plain(
 
 
 def grad_of(x: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(x.shape, generator=generator)
+    generator = torch.Generator(x.device).manual_seed(1)
+    grad = torch.randn(x.shape, generator=generator, device=x.device)
     return grad.contiguous(memory_format=torch.channels_last)
 
 

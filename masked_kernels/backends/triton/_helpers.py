@@ -158,6 +158,20 @@ def store_tile(out, tile, rows, cols, row, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def add_product(acc, left, right, PRECISION: tl.constexpr):
+    """``acc + left @ right``. Exact products of float32 are summed step by step: one chain of
+    additions over all steps would round more than the sums of a library do.
+    """
+    if left.dtype == tl.float32 and PRECISION == "ieee":
+        # The bound on inexact sums keeps the compiler from making it one chain; it means FP8.
+        step = tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=32)
+        acc += step
+    else:
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def pack_bits(bits):
     """Words [A] of bits [A, 32]."""
     return tl.sum(bits.to(tl.int32) << tl.arange(0, 32)[None, :], axis=1)

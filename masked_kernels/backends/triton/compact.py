@@ -11,7 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config, interpreted
-from ._helpers import dot_dtype, dot_precision, on_device, population, split, store_tile
+from ._helpers import (
+    add_product,
+    dot_dtype,
+    dot_precision,
+    on_device,
+    population,
+    split,
+    store_tile,
+)
 from .bits import popcount, popcount_of_parts
 from .output import Output, finished
 from .settings import settings_of
@@ -194,7 +202,7 @@ def _compact_linear_kernel(
         at = x + token[:, None] * stride[0] + (col + lane).to(tl.int64)[None, :] * stride[1]
         inside = (token < tokens)[:, None] & (col + lane < end)[None, :]
         tile = tl.load(at, mask=inside, other=0.0)  # [TOKENS, DEPTH]
-        acc = tl.dot(w.to(DOT), tl.trans(tile.to(DOT)), acc, input_precision=PRECISION)
+        acc = add_product(acc, w.to(DOT), tl.trans(tile.to(DOT)), PRECISION)
     ok = (token < tokens)[:, None] & (row < rows)[None, :]
     if FINISH:
         acc = finished(acc, output, row, row < rows, rows, "identity", 0)

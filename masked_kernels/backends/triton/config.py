@@ -69,7 +69,8 @@ _DEFAULT = Settings()
 def linear_tile(tokens: int, rows: int, dtype: torch.dtype, settings: Settings = _DEFAULT) -> Tile:
     """For ``[tokens, cols] x [rows, cols]``."""
     if tokens <= 16:
-        return settings.few
+        few = settings.few
+        return dataclasses.replace(few, tokens=8) if tokens <= 8 else few
     if tokens <= 64 or rows <= 64:
         return settings.some
     return settings.many_float32 if dtype == torch.float32 else settings.many
@@ -146,6 +147,17 @@ def conv_plan(
     return "library" if many and not _fusing_pays(fused, cols, dtype, settings) else "gather"
 
 
+def grad_plan(
+    tokens: int, dtype: torch.dtype, precision: str, settings: Settings = _DEFAULT
+) -> Literal["tiles", "library"]:
+    """How to multiply for a weight-shaped gradient. A library's product takes one more pass, which
+    many tokens outweigh, and float32 without tensor cores from the first.
+    """
+    if dtype == torch.float32 and precision == "ieee":
+        return "library"
+    return "library" if tokens >= many_tokens(dtype, settings) else "tiles"
+
+
 def is_wide(count: int) -> bool:
     """Whether an index of that many values may need more than 32 bits; a row is added to it."""
     return count >= 1 << 30
@@ -180,8 +192,8 @@ def planes_tile(slots: int, from_registers: bool = True) -> PlanesTile:
     Two warps are too few for the instruction of Blackwell that takes no registers
     (``from_registers`` is False), so that the compiler falls back on the older one.
     """
-    slots = 16 if slots <= 16 else 32 if slots <= 32 else 64
-    depth = 64 if slots == 16 else 32  # what fits into registers and shared memory
+    slots = next(n for n in (8, 16, 32, 64) if slots <= n)
+    depth = 64 if slots <= 16 else 32  # what fits into registers and shared memory
     if from_registers:
         return PlanesTile(rows=128, slots=slots, depth=depth, warps=4, stages=2)
     return PlanesTile(rows=64, slots=slots, depth=depth, warps=2, stages=2)

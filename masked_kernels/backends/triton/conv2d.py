@@ -31,7 +31,15 @@ from ._conv import (
     window,
     window_back,
 )
-from ._helpers import dot_dtype, dot_precision, on_device, row_starts, split, weight_arguments
+from ._helpers import (
+    add_product,
+    dot_dtype,
+    dot_precision,
+    on_device,
+    row_starts,
+    split,
+    weight_arguments,
+)
 from .bits import decoded
 from .depthwise import depthwise_conv2d, depthwise_conv2d_grad_x
 from .linear import multiplied
@@ -289,7 +297,7 @@ def _masked_conv2d_kernel(
         )
         ok &= (pixel < pixels)[:, None] & (col + lane < cols)[None, :]
         tile = tl.load(base[:, None] + offset[None, :], mask=ok, other=0.0)
-        acc = tl.dot(w.to(DOT), tl.trans(tile.to(DOT)), acc, input_precision=PRECISION)
+        acc = add_product(acc, w.to(DOT), tl.trans(tile.to(DOT)), PRECISION)
     rows = group_rows * tl.num_programs(1)
     ok = (pixel < pixels)[:, None] & row_ok[None, :]
     if FINISH:
@@ -356,7 +364,7 @@ def _masked_conv2d_grad_x_kernel(
             w = _load_weight_at(weight, row, row_ok, starts, col, channel_ok, first)
             at = base[:, None] + row.to(tl.int64)[None, :] * stride_y[1]
             tile = tl.load(at, mask=ok[:, None] & row_ok[None, :], other=0.0)
-            acc = tl.dot(tile.to(DOT), w.to(DOT), acc, input_precision=PRECISION)
+            acc = add_product(acc, tile.to(DOT), w.to(DOT), PRECISION)
     if scale is not None:
         acc *= tl.load(scale).to(tl.float32)
     at = image_at(stride_x, image, x_row, x_col, group * group_channels + in_group)

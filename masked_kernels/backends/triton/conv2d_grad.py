@@ -16,7 +16,7 @@ from ._conv import (
     pixel_of,
     window,
 )
-from ._helpers import dot_dtype, dot_precision, on_device, split
+from ._helpers import add_product, dot_dtype, dot_precision, on_device, split
 from .depthwise import fill_depthwise_grad
 from .epilogue import WeightGrad, masked_grad, scored_grad, store_grad
 from .settings import settings_of
@@ -160,7 +160,7 @@ def _masked_conv2d_grad_weight_kernel(
         )
         ok &= (pixel < end)[:, None] & (col < cols)[None, :]
         right = tl.load(x + at[:, None] + x_offset[None, :], mask=ok, other=0.0)  # [DEPTH, COLS]
-        acc = tl.dot(left.to(DOT), right.to(DOT), acc, input_precision=PRECISION)
+        acc = add_product(acc, left.to(DOT), right.to(DOT), PRECISION)
     # Rows past the group belong to the next one: send them past the end, where nothing is stored.
     row = tl.where(in_group < group_rows, row, target[4])
     store_grad(out, target, acc, row, first, FINISH, COLS)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from ._helpers import dot_dtype, dot_precision, on_device, split
+from ._helpers import add_product, dot_dtype, dot_precision, on_device, split
 from .bits import decoded
 from .linear_small import aligned_linear
 from .output import Output, add_residual_of_tokens, finished
@@ -117,7 +117,7 @@ def _masked_linear_kernel(
         if not WHOLE:
             inside &= (col + lane < cols)[None, :]
         tile = tl.load(at, mask=inside, other=0.0)  # [TOKENS, DEPTH]
-        acc = tl.dot(w.to(DOT), tl.trans(tile.to(DOT)), acc, input_precision=PRECISION)
+        acc = add_product(acc, w.to(DOT), tl.trans(tile.to(DOT)), PRECISION)
         at += DEPTH * stride[1]
     ok = (token < tokens)[:, None] & (row < rows)[None, :]
     if FINISH:

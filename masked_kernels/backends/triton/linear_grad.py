@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import config
 from ._helpers import (
+    add_product,
     advanced,
     dot_dtype,
     dot_precision,
@@ -75,9 +76,9 @@ def fill_grad(target: WeightGrad, grad_y: Tensor, x: Tensor) -> None:
     if target.grad.numel() == 0:
         return
     tokens = x.shape[0]
-    if x.dtype == torch.float32 and dot_precision() == "ieee" and tokens > 0:
-        with on_device(x):  # without tensor cores the library is the better one
-            target.add_parts((grad_y.t() @ x).unsqueeze(0))
+    if tokens > 0 and config.grad_plan(tokens, x.dtype, dot_precision(), settings_of(x)) == "library":
+        with on_device(x):
+            target.add_parts(_float32_product(grad_y.t(), x).unsqueeze(0))
         return
     tile = config.grad_tile(target.rows, x.dtype)
     blocks = triton.cdiv(target.rows, tile.rows) * triton.cdiv(target.cols, config.GRAD_COLS)
@@ -103,6 +104,13 @@ def fill_grad(target: WeightGrad, grad_y: Tensor, x: Tensor) -> None:
             num_stages=tile.stages,
         )
         target.add_parts(destination)
+
+
+def _float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """The sums of 16-bit products before they are rounded."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 @triton.jit
@@ -133,7 +141,7 @@ def _masked_linear_grad_x_kernel(
         w = load_weight(weight, row, row < rows, starts, first, COLS)  # [DEPTH, COLS]
         at = grad_y + token[:, None] * stride[0] + row.to(tl.int64)[None, :] * stride[1]
         tile = tl.load(at, mask=(token < tokens)[:, None] & (row < rows)[None, :], other=0.0)
-        acc = tl.dot(tile.to(DOT), w.to(DOT), acc, input_precision=PRECISION)
+        acc = add_product(acc, tile.to(DOT), w.to(DOT), PRECISION)
         starts = advanced(starts, step, period)
     if scale is not None:
         acc *= tl.load(scale).to(tl.float32)
@@ -176,5 +184,5 @@ def _masked_linear_grad_weight_kernel(
             mask=(token < end)[:, None] & (col < cols)[None, :],
             other=0.0,
         )  # [DEPTH, COLS]
-        acc = tl.dot(left.to(DOT), right.to(DOT), acc, input_precision=PRECISION)
+        acc = add_product(acc, left.to(DOT), right.to(DOT), PRECISION)
     store_grad(out, target, acc, row, first, FINISH, COLS)

@@ -23,6 +23,7 @@ from .output import Output, add_residual_of_tokens, finished
 from .settings import architecture
 
 _ROWS, _COLS = 64, 1024  # per program of the first and the last pass
+_SCAN = tl.constexpr(4096)  # columns that the first pass looks at at a time
 
 
 def aligned_linear(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: Output) -> None:
@@ -50,10 +51,12 @@ def aligned_linear(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: 
             values.numel(),
             planes.shape[1],
             x.stride(),
+            values.numel() != cols,
             slices,
             tile.slots,
             alias,
             _COLS,
+            num_warps=8,
         )
         _aligned_linear_kernel[(blocks, parts)](
             planes,
@@ -104,6 +107,7 @@ def _planes_kernel(
     period,
     halves,
     stride,
+    WRAPS: tl.constexpr,
     SLICES: tl.constexpr,
     SLOTS: tl.constexpr,
     ALIAS: tl.constexpr,
@@ -115,10 +119,10 @@ def _planes_kernel(
     slot = tl.program_id(1)
     cols = tl.where(slot < tokens * SLICES, cols, 0)  # other slots are zero
     at = x + (slot // SLICES).to(tl.int64) * stride[0]
-    largest = tl.zeros((COLS,), tl.float32)
-    for start in range(0, cols, COLS):
-        col = start + tl.arange(0, COLS)
-        product = _scaled_x(at, values, col, col < cols, period, stride)
+    largest = tl.zeros((_SCAN,), tl.float32)
+    for start in range(0, cols, _SCAN):
+        col = start + tl.arange(0, _SCAN)
+        product = _scaled_x(at, values, col, col < cols, period, stride, WRAPS)
         largest = tl.maximum(largest, tl.abs(product))
     # Exponents at the ends are left alone: those of zero, infinity and numbers next to them.
     exponent = (tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23) - 127
@@ -129,7 +133,7 @@ def _planes_kernel(
     half = tl.program_id(0) * (COLS // 16) + tl.arange(0, COLS // 16)
     bit = tl.arange(0, 16)
     col = half[:, None] * 16 + bit[None, :]
-    part = _scaled_x(at, values, col, col < cols, period, stride)
+    part = _scaled_x(at, values, col, col < cols, period, stride, WRAPS)
     part *= _power_of_two(-exponent)
     for _ in range(slot % SLICES):
         part -= part.to(planes.dtype.element_ty).to(tl.float32)
@@ -145,9 +149,10 @@ def _planes_kernel(
 
 
 @triton.jit
-def _scaled_x(at, values, col, ok, period, stride):
+def _scaled_x(at, values, col, ok, period, stride, WRAPS: tl.constexpr):
     x = tl.load(at + col.to(tl.int64) * stride[1], mask=ok, other=0.0).to(tl.float32)
-    return x * tl.load(values + col % period, mask=ok, other=0.0).to(tl.float32)
+    index = col % period if WRAPS else col
+    return x * tl.load(values + index, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit

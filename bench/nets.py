@@ -121,7 +121,8 @@ def training_step(
     def run(x: Tensor) -> Tensor:
         with mk.use_backend(backend):
             optimizer.zero_grad()
-            with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            # Without the cache of casts, which a CUDA graph would read when it is gone.
+            with torch.autocast(x.device.type, autocast, autocast is not None, cache_enabled=False):
                 loss = F.cross_entropy(model(channels_last(x)), labels[: len(x)])
             loss.backward()
             optimizer.step()

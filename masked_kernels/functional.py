@@ -349,11 +349,7 @@ def _autocast(
     check_type("weight", weight, (Tensor, Prototype))
     values = weight.values if isinstance(weight, Prototype) else weight
     kind = x.device.type
-    if (
-        kind in _AUTOCAST
-        and torch.is_autocast_enabled(kind)
-        and x.dtype != torch.float64
-    ):
+    if kind in _AUTOCAST and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
     return x, values, bias

@@ -75,8 +75,13 @@ def test_page() -> None:
             ],
             "training": {
                 "Net, batch 2": {
-                    "ours": {**step, "median": 12.5, "peak_bytes": 3_000_000},
-                    "dense eager": {**step, "median": 10.0, "peak_bytes_per_weight": 28.5},
+                    "ours": {**step, "median": 12.5, "graph": 9.0, "peak_bytes": 3_000_000},
+                    "dense eager": {
+                        **step,
+                        "median": 10.0,
+                        "graph": 8.0,
+                        "peak_bytes_per_weight": 28.5,
+                    },
                     "published layer": {"error": "OutOfMemoryError: no"},
                 },
             },
@@ -86,6 +91,8 @@ def test_page() -> None:
     assert "| a | ours | 10.0 | 10.0 | - | - |" in page
     assert "| a | F.linear | - | 35.0 | - | 3.50x |" in page
     assert "| b | wrong results: {'ours': inf} | | | | |" in page
-    assert "| Net, batch 2 | ours | 12.50 | 1.250x | 3 | 30.0 | +1.5 |" in page
-    assert "| Net, batch 2 | dense eager | 10.00 | 1.000x | 2 | 28.5 | +0.0 |" in page
+    assert "| Net, batch 2 | ours | 12.50 | 1.250x | 9.00 | 1.125x | 3 | 30.0 | +1.5 |" in page
+    assert (
+        "| Net, batch 2 | dense eager | 10.00 | 1.000x | 8.00 | 1.000x | 2 | 28.5 | +0.0 |" in page
+    )
     assert "| Net, batch 2 | published layer | OutOfMemoryError: no |" in page

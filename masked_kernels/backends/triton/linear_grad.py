@@ -76,7 +76,10 @@ def fill_grad(target: WeightGrad, grad_y: Tensor, x: Tensor) -> None:
     if target.grad.numel() == 0:
         return
     tokens = x.shape[0]
-    if tokens > 0 and config.grad_plan(tokens, x.dtype, dot_precision(), settings_of(x)) == "library":
+    if (
+        tokens > 0
+        and config.grad_plan(tokens, x.dtype, dot_precision(), settings_of(x)) == "library"
+    ):
         with on_device(x):
             target.add_parts(_float32_product(grad_y.t(), x).unsqueeze(0))
         return

@@ -27,8 +27,9 @@ class Output:
     residual: Tensor | None = None
 
     def arguments(self) -> tuple[object, ...]:
-        """The argument of ``finished`` and of ``add_residual``. Strides stand beside the rest: Triton
-        3.6 forgets a 1 in a tuple inside a tuple at the first loop.
+        """The argument of ``finished`` and of ``add_residual``.
+
+        Strides stand beside the rest: Triton 3.6 forgets a 1 in a tuple of a tuple in a loop.
         """
         affine = None if self.affine is None else self.affine.contiguous()
         strides = () if self.residual is None else self.residual.stride()

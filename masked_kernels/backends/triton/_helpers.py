@@ -47,24 +47,24 @@ def dot_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def wrapped(values: Tensor, count: int, block: int) -> tuple[Tensor, int]:
-    """Flat values and their period, readable up to ``block`` past any start below the period.
+def wrapped(values: Tensor, count: int, block: int) -> tuple[Tensor, int | None]:
+    """Flat values and a period of at least ``block``, so that a row of a tile wraps once at most.
 
-    ``count`` is the number of weights: values that reach to the last weight never wrap. Others are
-    copied and repeated past their end, so that a kernel wraps the start of a tile and no element.
+    ``count`` is the number of weights: values that reach to the last weight have no period.
     """
     flat = values.reshape(-1)
     period = flat.numel()
     if period == 0 or period >= count:
-        return flat, max(period, 1)
-    return flat.repeat(2 + (block - 1) // period)[: period + block], period
+        return flat, None
+    times = triton.cdiv(block, period)
+    return flat if times == 1 else flat.repeat(times), times * period
 
 
 def weight_arguments(
     values: Tensor, words: Tensor, cols: int, block: int
-) -> tuple[Tensor, Tensor, int, int, int]:
+) -> tuple[Tensor, Tensor, int, int, int | None]:
     """A masked weight as kernels take it, in tiles that read up to ``block`` values at a time:
-    values, words, cols, words per row, period.
+    values, words, cols, words per row, period (None if the values need not be repeated).
     """
     flat, period = wrapped(values, words.shape[0] * cols, block)
     return flat, words.contiguous(), cols, words.shape[1], period
@@ -109,14 +109,32 @@ def program_tile(cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def row_starts(rows, col, cols, period):
     """Index of the value at column ``col`` of each row."""
-    return (rows.to(tl.int64) * cols + col) % period
+    start = rows.to(tl.int64) * cols + col
+    if period is not None:
+        start %= period
+    return start
 
 
 @triton.jit
 def advanced(starts, step, period):
     """``starts`` moved by a step that is smaller than the period."""
     starts += step
-    return tl.where(starts >= period, starts - period, starts)
+    if period is not None:
+        starts = tl.where(starts >= period, starts - period, starts)
+    return starts
+
+
+@triton.jit
+def wrapped_index(starts, offset, period):
+    """Indices of the values that lie up to a period behind starts [A]; offset is [B]."""
+    if period is not None:
+        if period.dtype == tl.int32:
+            starts = starts.to(tl.int32)
+        over = starts[:, None] >= period - offset[None, :]
+        index = starts[:, None] - tl.where(over, period, 0) + offset[None, :]
+    else:
+        index = starts[:, None] + offset[None, :]
+    return index
 
 
 @triton.jit
@@ -133,19 +151,19 @@ def load_bits(words, rows, row_ok, first, words_per_row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_values(values, row_ok, starts, col, cols, BLOCK: tl.constexpr):
+def load_values(values, row_ok, starts, col, cols, period, BLOCK: tl.constexpr):
     """Values [rows, BLOCK] from the starts on; ``col`` is the column they are for."""
     lane = tl.arange(0, BLOCK)
     ok = row_ok[:, None] & (col + lane < cols)[None, :]
-    return tl.load(values + starts[:, None] + lane[None, :], mask=ok, other=0.0)
+    return tl.load(values + wrapped_index(starts, lane, period), mask=ok, other=0.0)
 
 
 @triton.jit
 def load_weight(weight, rows, row_ok, starts, col, BLOCK: tl.constexpr):
     """Masked weights [rows, BLOCK] of the columns from ``col`` on, a multiple of 32."""
-    values, words, cols, words_per_row, _period = weight
+    values, words, cols, words_per_row, period = weight
     bits = load_bits(words, rows, row_ok, col // 32, words_per_row, BLOCK)
-    return tl.where(bits, load_values(values, row_ok, starts, col, cols, BLOCK), 0.0)
+    return tl.where(bits, load_values(values, row_ok, starts, col, cols, period, BLOCK), 0.0)
 
 
 @triton.jit

@@ -39,6 +39,7 @@ from ._helpers import (
     row_starts,
     split,
     weight_arguments,
+    wrapped_index,
 )
 from .bits import decoded
 from .depthwise import depthwise_conv2d, depthwise_conv2d_grad_x
@@ -313,11 +314,11 @@ def _masked_conv2d_kernel(
 @triton.jit
 def _load_weight_at(weight, row, row_ok, starts, col, col_ok, first):
     """Masked weights [row, col] of columns apart from one another; starts are for ``first``."""
-    values, words, _cols, words_per_row, _period = weight
+    values, words, _cols, words_per_row, period = weight
     ok = row_ok[:, None] & col_ok[None, :]
     at = words + row.to(tl.int64)[:, None] * words_per_row + (col // 32)[None, :]
     bits = (tl.load(at, mask=ok, other=0) >> (col % 32)[None, :]) & 1
-    value = tl.load(values + starts[:, None] + (col - first)[None, :], mask=ok, other=0.0)
+    value = tl.load(values + wrapped_index(starts, col - first, period), mask=ok, other=0.0)
     return tl.where(bits != 0, value, 0.0)
 
 

@@ -26,7 +26,7 @@ class WeightGrad:
     grad: Tensor
     words: Tensor | None
     values: Tensor | None
-    period: int
+    period: int | None
     scores: Tensor | None
     scale: Tensor | None
 
@@ -63,7 +63,7 @@ class WeightGrad:
 
 def masked_grad(grad: Tensor, words: Tensor, scale: Tensor | None) -> WeightGrad:
     """``scale * dL/dw_eff ⊙ m``"""
-    return WeightGrad(grad, words.contiguous(), None, 1, None, scale)
+    return WeightGrad(grad, words.contiguous(), None, None, None, scale)
 
 
 def scored_grad(
@@ -86,10 +86,10 @@ def finish(target, tile, row, first, BLOCK: tl.constexpr):
         tile = tl.where(bits, tile, 0.0)
     else:
         starts = row_starts(row, first, cols, period)
-        tile *= load_values(values, row_ok, starts, first, cols, BLOCK).to(tl.float32)
+        tile *= load_values(values, row_ok, starts, first, cols, period, BLOCK).to(tl.float32)
     if scores is not None:
         starts = row.to(tl.int64) * cols + first
-        score = load_values(scores, row_ok, starts, first, cols, BLOCK).to(tl.float32)
+        score = load_values(scores, row_ok, starts, first, cols, None, BLOCK).to(tl.float32)
         tile = tl.where(score > 0, tile, tl.where(score < 0, -tile, tile * score))
     if scale is not None:
         tile *= tl.load(scale).to(tl.float32)

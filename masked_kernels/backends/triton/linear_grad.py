@@ -137,7 +137,9 @@ def _masked_linear_grad_x_kernel(
     token = token.to(tl.int64)
     lane = tl.arange(0, DEPTH)
     starts = row_starts(lane, first, cols, period)
-    step = tl.cast(cols, tl.int64) * DEPTH % period
+    step = tl.cast(cols, tl.int64) * DEPTH
+    if period is not None:
+        step %= period
     acc = tl.zeros((TOKENS, COLS), tl.float32)
     for start in range(0, rows, DEPTH):
         row = start + lane

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import words_per_row
+from . import config
 from ._helpers import (
     WORDS,
     load_bits,
@@ -20,7 +21,7 @@ from ._helpers import (
     word_elements,
 )
 
-_ROWS, _COLS = 16, 128  # per program of unpack and decode
+_ROWS, _COLS = 16, 128  # per program of unpack and popcount
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -79,10 +80,11 @@ def decode(values: Tensor, words: Tensor, cols: int) -> Tensor:
     rows = words.shape[0]
     weight = values.new_empty((rows, cols))
     if weight.numel():
-        arguments = weight_arguments(values, words, cols, _COLS)
+        tile = config.decode_tile(cols)
+        aligned = cols % tile.cols == 0 and values.numel() % tile.cols == 0
         with on_device(words):
-            _decode_kernel[(triton.cdiv(rows, _ROWS) * triton.cdiv(cols, _COLS),)](
-                arguments, weight, rows, _ROWS, _COLS
+            _decode_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols),)](
+                weight_arguments(values, words, cols, tile.cols), weight, rows, aligned, *tile
             )
     return weight
 
@@ -145,9 +147,14 @@ def _transpose_kernel(words, transposed, rows, cols, words_per_row, words_per_co
 
 
 @triton.jit
-def _decode_kernel(weight, decoded, rows, ROWS: tl.constexpr, COLS: tl.constexpr):
-    cols, period = weight[2], weight[4]
+def _decode_kernel(
+    weight, decoded, rows, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    values, words, cols, words_per_row, period = weight
     row, first = program_tile(cols, ROWS, COLS)
     starts = row_starts(row, first, cols, period)
+    if ALIGNED:  # no tile wraps
+        starts = tl.multiple_of(starts, COLS)
+        weight = (values, words, cols, words_per_row, None)
     tile = load_weight(weight, row, row < rows, starts, first, COLS)
     store_tile(decoded, tile, rows, cols, row, first, COLS)

@@ -4,7 +4,7 @@ device, no tuning.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -156,6 +156,19 @@ def grad_plan(
     if dtype == torch.float32 and precision == "ieee":
         return "library"
     return "library" if tokens >= many_tokens(dtype, settings) else "tiles"
+
+
+class DecodeTile(NamedTuple):
+    """Rows and columns of a weight that one program writes out."""
+
+    rows: int
+    cols: int
+
+
+def decode_tile(cols: int) -> DecodeTile:
+    """Of about 4096 weights in few rows, as where a row starts in a prototype takes a division."""
+    width = min(max(1 << (cols - 1).bit_length(), 128), 2048)
+    return DecodeTile(4096 // width, width)
 
 
 def is_wide(count: int) -> bool:

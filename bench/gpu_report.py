@@ -23,7 +23,7 @@ from torch import Tensor
 
 from masked_kernels.backends import why_unavailable
 
-from . import gpu_training
+from . import gpu_page, gpu_training
 from .gpu_cases import CASES, COPIES, Case, Problem
 from .machine import ROOT, machine
 from .nets import NETS
@@ -89,7 +89,7 @@ def report(options: argparse.Namespace, log: TextIO) -> dict[str, Any]:
 
 def write(result: dict[str, Any], out: Path) -> None:
     (out / "report.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "report.md").write_text(render(result))
+    (out / "report.md").write_text(gpu_page.render(result))
 
 
 def run_tests(log: TextIO) -> dict[str, Any]:
@@ -177,69 +177,6 @@ def captured(run: Callable[[int], Tensor]) -> Callable[[int], object] | None:
         torch.cuda.synchronize()
         return None
     return lambda copy: graphs[copy].replay()
-
-
-def render(result: dict[str, Any]) -> str:
-    """Markdown: every provider's median, and ours over each; below 1 is slower."""
-    facts = result["machine"]
-    lines = [
-        f"# {facts['gpu']}",
-        "",
-        f"torch {facts['torch']}, Triton {facts['triton']}, CUDA {facts['cuda']}, "
-        f"commit {facts['commit']}{' with changes' if facts['dirty'] else ''}, {facts['date']}. "
-        "bfloat16, medians in µs, L2 flushed, operands rotated.",
-        "",
-        f"Tests on the GPU: {result['tests']['summary']} (exit code {result['tests']['exit']})",
-        "",
-        "| case | provider | graph | eager | ours is (graph) | ours is (eager) |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for case in result["cases"]:
-        if "error" in case:
-            lines.append(f"| {case['name']} | {case['error']} | | | | |")
-            continue
-        ours = case["providers"]["ours"]
-        for name, taken in case["providers"].items():
-            cells = [_median(taken, kind) for kind in ("graph", "eager")]
-            cells += [_ratio(taken, ours, kind) for kind in ("graph", "eager")]
-            lines.append(f"| {case['name']} | {name} | {' | '.join(cells)} |")
-    if result["training"]:
-        lines += [
-            "",
-            "A training step in ms, launched by the host and as a CUDA graph; peak of what is "
-            "allocated, and of it per masked weight:",
-            "",
-            "| network | | eager | over dense | graph | over dense | peak MB | bytes a weight "
-            "| over dense's |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-    for net, taken in result["training"].items():
-        dense = taken.get("dense eager", {})
-        for way, found in taken.items():
-            cells = [found["error"]] if "error" in found else _step_cells(found, dense)
-            lines.append(f"| {net} | {way} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _step_cells(found: dict[str, Any], dense: dict[str, Any]) -> list[str]:
-    cells = []
-    for kind in ("median", "graph"):
-        cells.append(f"{found[kind]:.2f}" if kind in found else "-")
-        both = kind in found and kind in dense
-        cells.append(f"{found[kind] / dense[kind]:.3f}x" if both else "-")
-    more = found["peak_bytes_per_weight"] - dense.get("peak_bytes_per_weight", float("nan"))
-    cells += [f"{found['peak_bytes'] / 1e6:.0f}", f"{found['peak_bytes_per_weight']:.1f}"]
-    return [*cells, f"{more:+.1f}"]
-
-
-def _median(taken: dict[str, Any], kind: str) -> str:
-    return f"{taken[kind]['median']:.1f}" if kind in taken else "-"
-
-
-def _ratio(taken: dict[str, Any], ours: dict[str, Any], kind: str) -> str:
-    if taken is ours or kind not in taken or kind not in ours:
-        return "-"
-    return f"{taken[kind]['median'] / ours[kind]['median']:.2f}x"
 
 
 if __name__ == "__main__":

@@ -116,10 +116,15 @@ def fastest_dense(case: dict[str, Any]) -> str:
 
 def write_readme(result: dict[str, Any], readme: Path) -> None:
     """Put ``speed_tables`` between the README's marks."""
-    start, end = "<!-- speed -->\n", "\n<!-- /speed -->"
+    write_between(readme, "speed", speed_tables(result))
+
+
+def write_between(readme: Path, mark: str, text: str) -> None:
+    """Replace what stands between two marks."""
+    start, end = f"<!-- {mark} -->\n", f"\n<!-- /{mark} -->"
     before, _, rest = readme.read_text().partition(start)
     _, _, after = rest.partition(end)
-    readme.write_text(before + start + speed_tables(result) + end + after)
+    readme.write_text(before + start + text + end + after)
 
 
 def _groups(cases: list[dict[str, Any]]) -> Iterable[tuple[str, Iterable[dict[str, Any]]]]:

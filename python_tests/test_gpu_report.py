@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_report, gpu_training, nets
+from bench import gpu_page, gpu_report, gpu_training, nets
 from bench.gpu_cases import CASES, TOY, Case
 
 TOY_NET = nets.TOYS[0]
@@ -65,28 +65,27 @@ def test_page() -> None:
     graph = {"median": 10.0, "q20": 9.0, "q80": 11.0}
     providers = {"ours": {"graph": graph, "eager": graph}, "F.linear": {"eager": {"median": 35.0}}}
     step = {"peak_bytes": 2_000_000, "peak_bytes_per_weight": 30.0}
-    page = gpu_report.render(
-        {
-            "machine": facts,
-            "tests": {"summary": "5 passed", "exit": 0},
-            "cases": [
-                {"name": "a", "baseline": "F.linear", "providers": providers},
-                {"name": "b", "error": "wrong results: {'ours': inf}"},
-            ],
-            "training": {
-                "Net, batch 2": {
-                    "ours": {**step, "median": 12.5, "graph": 9.0, "peak_bytes": 3_000_000},
-                    "dense eager": {
-                        **step,
-                        "median": 10.0,
-                        "graph": 8.0,
-                        "peak_bytes_per_weight": 28.5,
-                    },
-                    "published layer": {"error": "OutOfMemoryError: no"},
+    result = {
+        "machine": facts,
+        "tests": {"summary": "5 passed", "exit": 0},
+        "cases": [
+            {"name": "a", "baseline": "F.linear", "providers": providers},
+            {"name": "b", "error": "wrong results: {'ours': inf}"},
+        ],
+        "training": {
+            "Net, batch 2": {
+                "ours": {**step, "median": 12.5, "graph": 9.0, "peak_bytes": 3_000_000},
+                "dense eager": {
+                    **step,
+                    "median": 10.0,
+                    "graph": 8.0,
+                    "peak_bytes_per_weight": 28.5,
                 },
+                "published layer": {"error": "OutOfMemoryError: no"},
             },
-        }
-    )
+        },
+    }
+    page = gpu_page.render(result)
     assert "commit abc with changes" in page
     assert "| a | ours | 10.0 | 10.0 | - | - |" in page
     assert "| a | F.linear | - | 35.0 | - | 3.50x |" in page
@@ -96,3 +95,6 @@ def test_page() -> None:
         "| Net, batch 2 | dense eager | 10.00 | 1.000x | 8.00 | 1.000x | 2 | 28.5 | +0.0 |" in page
     )
     assert "| Net, batch 2 | published layer | OutOfMemoryError: no |" in page
+    short = gpu_page.short(result)
+    assert "| a | 10.0 | `F.linear` **3.50x** (launched by the host) |" in short
+    assert "| Net, batch 2 | 1.12 | 1.25 | - |" in short

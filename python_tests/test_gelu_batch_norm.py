@@ -10,6 +10,7 @@ from cases import assert_within
 from torch import Tensor, nn
 
 import masked_kernels as mk
+from masked_kernels import _ops
 from masked_kernels.backends import why_not
 
 # Two values per channel cancel in the gradient of x; the error of a single channel is luck.
@@ -110,6 +111,23 @@ def test_statistics_of_values_far_from_zero(backend: str) -> None:
         for dtype in (torch.float64, torch.float32)
     )
     assert_within("y", y, expected, truth)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_every_other_image(memory_format: torch.memory_format, backend: str) -> None:
+    """Pixels follow one another within an image, but not from one image to the next."""
+    x = torch.randn(6, 17, 5, 4).contiguous(memory_format=memory_format)[::2]
+    plain, truth = (_ops.gelu_stats(t, "reference") for t in (x, x.double()))
+    assert_within("stats", _ops.gelu_stats(x, backend), plain, truth)
+    y = mk.gelu_batch_norm(x, None, None, training=True, residual=x, backend=backend)
+    expected = F.batch_norm(F.gelu(x), None, None, training=True) + x
+    torch.testing.assert_close(y, expected)
+
+
+def test_infinity_and_nan_stay(backend: str) -> None:
+    x = torch.tensor([torch.inf, torch.nan]).view(1, 2, 1, 1)
+    y = mk.gelu_batch_norm(x, torch.zeros(2), torch.ones(2), backend=backend)
+    torch.testing.assert_close(y, x, equal_nan=True)
 
 
 @pytest.mark.parametrize("training", [True, False])

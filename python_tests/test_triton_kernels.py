@@ -81,7 +81,8 @@ def test_sums_in_parts(dtype: torch.dtype, backend: str, monkeypatch) -> None:
 def test_statistics_in_parts(memory_format, backend: str, monkeypatch) -> None:
     """Of values far from zero, whose mean moves from part to part; the last part is empty."""
     monkeypatch.setattr(config, "parts", lambda *_, **__: 5)
-    monkeypatch.setattr(config, "image_tile", lambda *_: config.DepthwiseTile(pixels=16, rows=16))
+    tile = config.ImageTile(pixels=16, channels=16, warps=4, stages=2)
+    monkeypatch.setattr(config, "image_tile", lambda *_: tile)
     x = 1000 + torch.randn(2, 17, 7, 10)
     x[1] += 5
     x = x.contiguous(memory_format=memory_format)

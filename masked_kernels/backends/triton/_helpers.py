@@ -220,10 +220,36 @@ def word_elements(first, rows, cols, words_per_row, BLOCK: tl.constexpr):
 
 @triton.jit
 def gelu(x):
-    return x * normal_cdf(x)
+    distance = _from_zero(x)
+    return tl.maximum(x, 0.0) - distance * _normal_tail(distance)
 
 
 @triton.jit
 def normal_cdf(x):
     """Probability that a standard normal variable is below x."""
-    return 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)
+    tail = _normal_tail(_from_zero(x))
+    return tl.where(x < 0, tail, 1.0 - tail)
+
+
+@triton.jit
+def _from_zero(x):
+    """|x|, no further than where the tail is nothing in float32: infinity times 0 would be NaN."""
+    return tl.minimum(tl.abs(x), 10.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _normal_tail(distance):
+    """Probability that a standard normal variable is above ``distance``, of 0 to 10.
+
+    Its logarithm to base 2 is near a parabola: the polynomial was fitted for the least greatest
+    error of the probability and of its product with the distance, 1.5e-8. That is a quarter of the
+    rounding of ``erf`` in float32, which takes three times the instructions.
+    """
+    log = -2.334948931e-6 * distance + 3.373781510e-5
+    log = log * distance - 1.612938358e-4
+    log = log * distance - 1.917035552e-4
+    log = log * distance + 7.126864977e-3
+    log = log * distance - 5.253361166e-2
+    log = log * distance - 4.591982961e-1
+    log = log * distance - 1.151106000
+    return tl.exp2(log * distance - 1.0)

@@ -266,8 +266,18 @@ def depthwise_grad_tile(rows: int) -> DepthwiseTile:
     return DepthwiseTile(pixels=64, rows=32)
 
 
-def image_tile(channels_last: bool) -> DepthwiseTile:
-    """Pixels and channels of the passes that go over an image without a weight."""
-    return (
-        DepthwiseTile(pixels=32, rows=64) if channels_last else DepthwiseTile(pixels=1024, rows=1)
-    )
+@dataclass(frozen=True)
+class ImageTile:
+    """Pixels and channels of one step of a program's loop, and launch options."""
+
+    pixels: int
+    channels: int
+    warps: int
+    stages: int
+
+
+def image_tile(channels_last: bool, sums: bool) -> ImageTile:
+    """For passes over an image without a weight, to sum or to write another image."""
+    if channels_last:
+        return ImageTile(pixels=64, channels=64, warps=8, stages=3)
+    return ImageTile(pixels=4096, channels=1, warps=8, stages=3)

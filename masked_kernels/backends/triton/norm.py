@@ -1,9 +1,10 @@
 """GELU and BatchNorm in one: each pass reads x, computes GELU anew, and keeps nothing of its size.
 
-Images are ``[B, C, pixels]`` by their strides. A program of a sum takes one part of all pixels;
-its lanes sum on their own, the lanes and then the parts are put together in a fixed order. Means
-and squared deviations are kept by Welford's update and joined by that of Chan, Golub and LeVeque,
-so that values far from zero lose nothing to the square of their mean.
+Images are ``[B, C, pixels]`` by their strides. A program takes some channels and one part of all
+pixels, so that it prepares its channels once and loads ahead. Its lanes sum on their own; the lanes
+and then the parts are put together in a fixed order. A lane sums deviations from its first value,
+and means are joined by the update of Chan, Golub and LeVeque, so that values far from zero lose
+nothing to the square of their mean.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from .._layout import at_least_float32
 from . import config
 from ._conv import new_image
-from ._helpers import gelu, normal_cdf, on_device, split
+from ._helpers import Split, gelu, normal_cdf, on_device, split
 
 _CHANNELS = 16  # per program of the passes over parts
 
@@ -65,24 +66,9 @@ def gelu_batch_norm_grad_x(
     return grad_x
 
 
-def _arguments(images: tuple[Tensor, ...]) -> tuple[object, ...]:
-    """Each image and its strides, then pixels of all, pixels of one, channels. An image whose rows
-    do not follow one another is copied.
-    """
-    batch, channels, *size = images[0].shape
-    flat = [image.flatten(2) for image in images]
-    tensors = (argument for image in flat for argument in (image, image.stride()))
-    in_image = size[0] * size[1]
-    return (*tensors, batch * in_image, in_image, channels)
-
-
 def _map(kernel: triton.JITFunction, images: tuple[Tensor, ...], vectors: tuple) -> None:
-    x = images[0]
-    tile = config.image_tile(x.stride(1) == 1)
-    blocks = triton.cdiv(x.shape[1], tile.rows)
-    grid = (triton.cdiv(x.numel() // x.shape[1], tile.pixels) * blocks,)
-    with on_device(x):
-        kernel[grid](*_arguments(images), *vectors, tile.pixels, tile.rows)
+    tile = config.image_tile(images[0].stride(1) == 1, False)
+    _launch(kernel, images, vectors, tile, _split(images[0], tile, least=1))
 
 
 def _sum(
@@ -95,27 +81,57 @@ def _sum(
     """Fill ``out`` ``[2, channels]`` in two passes: parts of the pixels, then over the parts."""
     x = images[0]
     channels = x.shape[1]
-    pixels = x.numel() // channels
-    tile = config.image_tile(x.stride(1) == 1)
-    blocks = triton.cdiv(channels, tile.rows)
-    parts, per_part = split(x, blocks, pixels, tile.pixels)
+    tile = config.image_tile(x.stride(1) == 1, True)
+    parts, per_part = _split(x, tile, least=4)
     partial = x.new_empty((2, parts, channels), dtype=torch.float32)
+    _launch(kernel, images, (*vectors, partial), tile, Split(parts, per_part))
     with on_device(x):
-        kernel[(blocks, parts)](
-            *_arguments(images), *vectors, partial, per_part, tile.pixels, tile.rows
-        )
         add[(triton.cdiv(channels, _CHANNELS),)](
-            *(partial, out, *vectors, pixels, channels, parts, per_part),
+            *(partial, out, *vectors, x.numel() // channels, channels, parts, per_part),
             *(triton.next_power_of_2(parts), _CHANNELS),
+        )
+
+
+def _split(x: Tensor, tile: config.ImageTile, least: int) -> Split:
+    """Parts of the pixels of all images."""
+    channels = x.shape[1]
+    blocks = triton.cdiv(channels, tile.channels)
+    return split(x, blocks, x.numel() // channels, tile.pixels, least)
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    images: tuple[Tensor, ...],
+    vectors: tuple,
+    tile: config.ImageTile,
+    parts: Split,
+) -> None:
+    """A program for each block of channels and part of the pixels. An image whose rows do not
+    follow one another is copied.
+    """
+    x = images[0]
+    batch, channels, *size = x.shape
+    in_image = size[0] * size[1]
+    flat = [image.flatten(2) for image in images]
+    one_stride = all(image.stride(0) == in_image * image.stride(2) for image in flat)
+    with on_device(x):
+        kernel[(triton.cdiv(channels, tile.channels), parts.parts)](
+            *(argument for image in flat for argument in (image, image.stride())),
+            *(batch * in_image, None if one_stride else in_image, channels),
+            *(*vectors, parts.length, tile.pixels, tile.channels, tile.stages),
+            num_warps=tile.warps,
         )
 
 
 @triton.jit
 def _at(strides, pixel, channel, pixels_of_image):
-    """Offsets [pixel, channel] in an image."""
-    image = (pixel // pixels_of_image).to(tl.int64) * strides[0]
-    place = (pixel % pixels_of_image).to(tl.int64) * strides[2]
-    return (image + place)[:, None] + channel.to(tl.int64)[None, :] * strides[1]
+    """Offsets [pixel, channel] in an image. Without ``pixels_of_image`` all images are as one."""
+    if pixels_of_image is None:
+        place = pixel.to(tl.int64) * strides[2]
+    else:
+        place = (pixel // pixels_of_image).to(tl.int64) * strides[0]
+        place += (pixel % pixels_of_image).to(tl.int64) * strides[2]
+    return place[:, None] + channel.to(tl.int64)[None, :] * strides[1]
 
 
 @triton.jit
@@ -136,12 +152,11 @@ def _inverse_deviation(stats, channel, ok, channels, eps):
 
 
 @triton.jit
-def _tile(pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Pixels, channels and whether there are such, of one tile of the grid of ``_map``."""
-    across = tl.cdiv(channels, CHANNELS)
-    pixel = tl.program_id(0) // across * PIXELS + tl.arange(0, PIXELS)
-    channel = tl.program_id(0) % across * CHANNELS + tl.arange(0, CHANNELS)
-    return pixel, channel, channel < channels, (pixel < pixels)[:, None]
+def _part(pixels, channels, per_part, CHANNELS: tl.constexpr):
+    """First pixel and end of this program's part, its channels, and whether there are such."""
+    begin = tl.program_id(1) * per_part
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    return begin, tl.minimum(begin + per_part, pixels), channel, channel < channels
 
 
 @triton.jit
@@ -160,24 +175,29 @@ def _normalise_kernel(
     bias,
     RESIDUAL: tl.constexpr,
     eps,
+    per_part,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    pixel, channel, channel_ok, ok = _tile(pixels, channels, PIXELS, CHANNELS)
-    ok &= channel_ok[None, :]
+    begin, end, channel, channel_ok = _part(pixels, channels, per_part, CHANNELS)
     mean = _load_vector(stats, channel, channel_ok)
     factor = _inverse_deviation(stats, channel, channel_ok, channels, eps)
     if weight is not None:
         factor *= _load_vector(weight, channel, channel_ok)
-    value = gelu(_load(x, strides_x, pixel, channel, pixels_of_image, ok))
-    # The difference comes first: of values far from 0 and near one another it is exact.
-    value = (value - mean[None, :]) * factor[None, :]
+    shift = tl.zeros_like(mean)
     if bias is not None:
-        value += _load_vector(bias, channel, channel_ok)[None, :]
-    if RESIDUAL:
-        value += _load(residual, strides_residual, pixel, channel, pixels_of_image, ok)
-    at = _at(strides_y, pixel, channel, pixels_of_image)
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=ok)
+        shift = _load_vector(bias, channel, channel_ok)
+    for start in tl.range(begin, end, PIXELS, num_stages=STAGES):
+        pixel = start + tl.arange(0, PIXELS)
+        ok = (pixel < end)[:, None] & channel_ok[None, :]
+        value = gelu(_load(x, strides_x, pixel, channel, pixels_of_image, ok))
+        # The difference comes first: of values far from 0 and near one another it is exact.
+        value = (value - mean[None, :]) * factor[None, :] + shift[None, :]
+        if RESIDUAL:
+            value += _load(residual, strides_residual, pixel, channel, pixels_of_image, ok)
+        at = _at(strides_y, pixel, channel, pixels_of_image)
+        tl.store(y + at, value.to(y.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -195,26 +215,36 @@ def _grad_x_kernel(
     weight,
     grad_affine,
     eps,
+    per_part,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    pixel, channel, channel_ok, ok = _tile(pixels, channels, PIXELS, CHANNELS)
-    ok &= channel_ok[None, :]
+    begin, end, channel, channel_ok = _part(pixels, channels, per_part, CHANNELS)
     inverse = _inverse_deviation(stats, channel, channel_ok, channels, eps)
-    value = _load(x, strides_x, pixel, channel, pixels_of_image, ok)
-    grad = _load(grad_y, strides_grad_y, pixel, channel, pixels_of_image, ok)
-    below = normal_cdf(value)
+    factor = inverse
+    if weight is not None:
+        factor *= _load_vector(weight, channel, channel_ok)
     if grad_affine is not None:  # mean and variance move with x
         mean = _load_vector(stats, channel, channel_ok)
         slope = inverse * _load_vector(grad_affine, channel, channel_ok) / pixels
         shift = _load_vector(grad_affine + channels, channel, channel_ok) / pixels
-        grad -= shift[None, :] + (value * below - mean[None, :]) * slope[None, :]
-    if weight is not None:
-        inverse *= _load_vector(weight, channel, channel_ok)
-    density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
-    grad *= inverse[None, :] * (below + value * density)
-    at = _at(strides_grad_x, pixel, channel, pixels_of_image)
-    tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=ok)
+    for start in tl.range(begin, end, PIXELS, num_stages=STAGES):
+        pixel = start + tl.arange(0, PIXELS)
+        ok = (pixel < end)[:, None] & channel_ok[None, :]
+        value = _load(x, strides_x, pixel, channel, pixels_of_image, ok)
+        grad = _load(grad_y, strides_grad_y, pixel, channel, pixels_of_image, ok)
+        below = normal_cdf(value)
+        if grad_affine is not None:
+            grad -= shift[None, :] + (value * below - mean[None, :]) * slope[None, :]
+        grad *= factor[None, :] * (below + value * _normal_density(value))
+        at = _at(strides_grad_x, pixel, channel, pixels_of_image)
+        tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _normal_density(x):
+    return 0.3989422804014327 * tl.exp2(-0.7213475204444817 * x * x)
 
 
 @triton.jit
@@ -259,25 +289,25 @@ def _stats_kernel(
     per_part,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Mean and sum of squared deviations of GELU(x) over the pixels of one part."""
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    begin, end, channel, channel_ok = _part(pixels, channels, per_part, CHANNELS)
     lane = tl.arange(0, PIXELS)
-    begin = tl.program_id(1) * per_part
-    end = tl.minimum(begin + per_part, pixels)
-    mean = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    ok = (begin + lane < end)[:, None] & channel_ok[None, :]
+    first = gelu(_load(x, strides_x, begin + lane, channel, pixels_of_image, ok))
+    sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
     squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    count = 0.0
-    for start in range(begin, end, PIXELS):
+    for start in tl.range(begin, end, PIXELS, num_stages=STAGES):
         pixel = start + lane
-        ok = (pixel < end)[:, None] & (channel < channels)[None, :]
+        ok = (pixel < end)[:, None] & channel_ok[None, :]
         value = gelu(_load(x, strides_x, pixel, channel, pixels_of_image, ok))
-        count += 1.0
-        delta = tl.where(ok, value - mean, 0.0)
-        mean += delta * (1.0 / count)
-        squares += delta * (value - mean)
-    of_lane = tl.maximum((end - begin - lane + PIXELS - 1) // PIXELS, 0).to(tl.float32)
-    mean_of_all, squares_of_all = _joined(of_lane, mean, squares)
+        away = tl.where(ok, value - first, 0.0)
+        sums += away
+        squares += away * away
+    count = tl.maximum((end - begin - lane + PIXELS - 1) // PIXELS, 0).to(tl.float32)
+    away = sums / tl.maximum(count, 1.0)[:, None]
+    mean_of_all, squares_of_all = _joined(count, first + away, squares - sums * away)
     _store_part(partial, mean_of_all, squares_of_all, channel, channels)
 
 
@@ -317,17 +347,16 @@ def _grad_affine_kernel(
     per_part,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Sums of grad_y * (GELU(x) - mean) and of grad_y over the pixels of one part."""
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    begin = tl.program_id(1) * per_part
-    end = tl.minimum(begin + per_part, pixels)
-    mean = _load_vector(stats, channel, channel < channels)
+    begin, end, channel, channel_ok = _part(pixels, channels, per_part, CHANNELS)
+    mean = _load_vector(stats, channel, channel_ok)
     products = tl.zeros((PIXELS, CHANNELS), tl.float32)
     grads = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    for start in range(begin, end, PIXELS):
+    for start in tl.range(begin, end, PIXELS, num_stages=STAGES):
         pixel = start + tl.arange(0, PIXELS)
-        ok = (pixel < end)[:, None] & (channel < channels)[None, :]
+        ok = (pixel < end)[:, None] & channel_ok[None, :]
         value = gelu(_load(x, strides_x, pixel, channel, pixels_of_image, ok))
         grad = _load(grad_y, strides_grad_y, pixel, channel, pixels_of_image, ok)
         products += (value - mean[None, :]) * grad

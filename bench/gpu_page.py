@@ -1,5 +1,5 @@
-"""``python -m bench.gpu_page``: Markdown of what ``bench.gpu_report`` measured, all of it or, for the
-README, the short form.
+"""``python -m bench.gpu_page``: Markdown of what ``bench.gpu_report`` measured, all of it or a short
+form for the README.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def _ratio(taken: dict[str, Any], ours: dict[str, Any], kind: str) -> str:
 
 
 def short(result: dict[str, Any]) -> str:
-    """Ours and how many times faster it is, by CUDA graphs where both have one; below 1 is slower."""
+    """How many times faster ours is, by CUDA graphs where both have one; below 1 is slower."""
     lines = ["| case | ours, µs | times faster than |", "| --- | --- | --- |"]
     for case in result["cases"]:
         if "error" not in case:

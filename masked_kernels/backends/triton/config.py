@@ -276,8 +276,8 @@ class ImageTile:
     stages: int
 
 
-def image_tile(channels_last: bool, sums: bool) -> ImageTile:
-    """For passes over an image without a weight, to sum or to write another image."""
+def image_tile(channels_last: bool) -> ImageTile:
+    """For passes over an image without a weight: 16 values a lane, 128 bytes of 16-bit channels."""
     if channels_last:
         return ImageTile(pixels=64, channels=64, warps=8, stages=3)
     return ImageTile(pixels=4096, channels=1, warps=8, stages=3)

@@ -67,7 +67,7 @@ def gelu_batch_norm_grad_x(
 
 
 def _map(kernel: triton.JITFunction, images: tuple[Tensor, ...], vectors: tuple) -> None:
-    tile = config.image_tile(images[0].stride(1) == 1, False)
+    tile = config.image_tile(images[0].stride(1) == 1)
     _launch(kernel, images, vectors, tile, _split(images[0], tile, least=1))
 
 
@@ -81,7 +81,7 @@ def _sum(
     """Fill ``out`` ``[2, channels]`` in two passes: parts of the pixels, then over the parts."""
     x = images[0]
     channels = x.shape[1]
-    tile = config.image_tile(x.stride(1) == 1, True)
+    tile = config.image_tile(x.stride(1) == 1)
     parts, per_part = _split(x, tile, least=4)
     partial = x.new_empty((2, parts, channels), dtype=torch.float32)
     _launch(kernel, images, (*vectors, partial), tile, Split(parts, per_part))

@@ -145,7 +145,7 @@ def _depthwise(kernel: int) -> _Case:
     image = image.contiguous(memory_format=torch.channels_last)
     words, values = torch.zeros(channels, 2, dtype=torch.int32), image.new_zeros(channels)
     geometry = ([kernel, kernel], [1, 1], [kernel // 2, kernel // 2], [1, 1], channels)
-    tile = config.strips_tile(channels, size, True)
+    tile = config.strips_tile(channels, size, (kernel, kernel), True)
 
     def call() -> object:
         return backend.masked_conv2d(image, values, words, None, None, *geometry)

@@ -231,23 +231,60 @@ def grad_tile(rows: int, dtype: torch.dtype) -> GradTile:
 
 @dataclass(frozen=True)
 class StripsTile:
-    """Rows of the weight, strips, and output pixels of a strip of one program."""
+    """Rows of the weight, strips, and output pixels of a strip of one program: ``strip`` side by
+    side in each of ``down`` rows. With more than one row all products of a strip are unrolled.
+    """
 
     rows: int
     strips: int
     strip: int
+    down: int = 1
+    warps: int = 4
 
 
-def strips_tile(rows: int, width: int, channels_last: bool) -> StripsTile:
+def strips_tile(rows: int, width: int, kernel: tuple[int, int], channels_last: bool) -> StripsTile:
     """For images ``width`` wide. Side by side lie channels or pixels; the strips of a program are
     loaded at once, the pixels of a strip one after the other.
     """
     if not channels_last:
         return StripsTile(rows=16, strips=128, strip=1)
-    strip = 4 if width >= 4 else 1
-    if rows >= 64:
-        return StripsTile(rows=64, strips=16, strip=strip)
-    return StripsTile(rows=16, strips=64, strip=strip)
+    lanes = 64 if rows >= 64 else 16
+    return StripsTile(rows=lanes, strips=512 // lanes, strip=_strip(width))
+
+
+def _strip(width: int) -> int:
+    """Pixels of a strip: 8, or 4 where half of the last 8 would lie past the end of a row."""
+    return 1 if width < 3 else 4 if 1 <= width % 8 <= 4 else 8
+
+
+@dataclass(frozen=True)
+class StripsGradTile:
+    """As ``StripsTile``, all products of a strip unrolled. A program sums the gradient of
+    ``kernel_rows`` rows of the kernel, each position in registers of its own; a multiprocessor has
+    registers for so many programs.
+    """
+
+    rows: int
+    strips: int
+    strip: int
+    down: int
+    kernel_rows: int
+    warps: int = 4
+    programs: int = 3
+
+
+def depthwise_grad_tile(
+    rows: int, width: int, kernel: tuple[int, int], channels_last: bool
+) -> StripsGradTile:
+    """For images ``width`` wide. Two values of each tile are in a thread, so that up to 36
+    positions leave room for the pixels.
+    """
+    kernel_rows = -(-kernel[0] // -(-kernel[0] // max(1, 36 // kernel[1])))
+    if not channels_last:
+        return StripsGradTile(rows=2, strips=128, strip=1, down=1, kernel_rows=kernel_rows)
+    lanes = 64 if rows >= 64 else 16
+    strip, down = _strip(width), 2 if kernel[1] <= 9 else 1
+    return StripsGradTile(lanes, 256 // lanes, strip, down, kernel_rows)
 
 
 @dataclass(frozen=True)
@@ -260,10 +297,6 @@ class DepthwiseTile:
 
 def depthwise_tile(pixels: int, rows: int) -> DepthwiseTile:
     return DepthwiseTile(pixels=64, rows=64) if rows >= 64 else DepthwiseTile(pixels=128, rows=16)
-
-
-def depthwise_grad_tile(rows: int) -> DepthwiseTile:
-    return DepthwiseTile(pixels=64, rows=32)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Convolutions with one channel a group: sums of products of pixels, without tensor cores.
 
 Masked filters are decoded once, float32 and by the kernel position, where a program that loads them
-needs no bits. The convolution itself works on *strips*: some output pixels side by side in a row, a
-sum each, so that an input pixel is loaded once for all of them. Row n of the weight reads channel
-``n // rows_per_channel``.
+needs no bits. The convolution itself works on *strips*: some output pixels side by side, in one row
+or in some rows, a sum each, so that an input pixel is loaded once for all of them. The gradient of
+the filters works on strips too, with a sum for each kernel position. Row n of the weight reads
+channel ``n // rows_per_channel``.
 """
+
+import dataclasses
 
 import torch
 import triton
@@ -12,65 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from ._conv import (
-    Geometry,
-    add_residual_of_image,
-    image_at,
-    in_bounds,
-    pixel_of,
-    window,
-    window_back,
-)
-from ._helpers import load_weight, on_device, row_starts, split, weight_arguments
-from .epilogue import WeightGrad, store_grad
+from ._conv import Geometry, image_at, pixel_of, window, window_back
+from ._helpers import load_weight, on_device, programs, row_starts, weight_arguments
+from .epilogue import WeightGrad
 from .output import Output, finished
 
-_FILTERS = 16  # that a program decodes
+_FILTERS = 16  # that a program decodes, and a divisor of the rows of every tile
 
 
 def depthwise_conv2d(
     y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: Output, geometry: Geometry
 ) -> None:
     """Fill ``y``."""
-    rows = words.shape[0]
-    height, width = geometry.out_size
-    tile = config.strips_tile(rows, width, x.stride(1) == 1)
-    strips = geometry.batch * height * triton.cdiv(width, tile.strip)
-    grid = (triton.cdiv(strips, tile.strips) * triton.cdiv(rows, tile.rows),)
-    with on_device(x):
-        _depthwise_conv2d_kernel[grid](
-            x,
-            _filters(values, words, geometry.cols),
-            output.arguments(),
-            y,
-            geometry.arguments(),
-            strips,
-            rows,
-            rows // geometry.channels,
-            x.stride(),
-            y.stride(),
-            output.activation,
-            *geometry.kernel,
-            geometry.stride[1],
-            geometry.dilation[1],
-            tile.strip,
-            tile.strips,
-            tile.rows,
-        )
-
-
-def _filters(values: Tensor, words: Tensor, cols: int) -> Tensor:
-    """The masked weight ``[rows, cols]``, transposed, float32."""
-    rows = words.shape[0]
-    filters = values.new_empty((cols, rows), dtype=torch.float32)
-    _filters_kernel[(triton.cdiv(rows, _FILTERS),)](
-        weight_arguments(values, words, cols, cols),
-        filters,
-        rows,
-        _FILTERS,
-        max(32, triton.next_power_of_2(cols)),
-    )
-    return filters
+    _convolve(y, x, values, words, output, geometry, turned=False)
 
 
 def depthwise_conv2d_grad_x(
@@ -82,13 +39,94 @@ def depthwise_conv2d_grad_x(
     geometry: Geometry,
 ) -> None:
     """Fill ``grad_x``."""
+    if geometry.stride == (1, 1) and words.shape[0] == geometry.channels:
+        turned = _turned(geometry)
+        _convolve(grad_x, grad_y, values, words, Output(scale=scale), turned, turned=True)
+    else:
+        _gather_grad_x(grad_x, grad_y, values, words, scale, geometry)
+
+
+def _turned(geometry: Geometry) -> Geometry:
+    """The convolution of grad_y with turned filters that gives grad_x, where the stride is 1. Its
+    padding may be negative.
+    """
+    spans = zip(geometry.kernel, geometry.dilation, geometry.padding, strict=True)
+    height, width = ((kernel - 1) * dilation - padding for kernel, dilation, padding in spans)
+    return dataclasses.replace(geometry, size=geometry.out_size, padding=(height, width))
+
+
+def _convolve(
+    y: Tensor,
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    output: Output,
+    geometry: Geometry,
+    turned: bool,
+) -> None:
+    rows = words.shape[0]
+    height, width = geometry.out_size
+    tile = config.strips_tile(rows, width, geometry.kernel, x.stride(1) == 1)
+    strips = geometry.batch * triton.cdiv(height, tile.down) * triton.cdiv(width, tile.strip)
+    grid = (triton.cdiv(strips, tile.strips) * triton.cdiv(rows, tile.rows),)
+    with on_device(x):
+        _depthwise_conv2d_kernel[grid](
+            x,
+            _filters(values, words, geometry.cols, tile.rows, turned),
+            output.arguments(),
+            y,
+            geometry.arguments(),
+            strips,
+            rows,
+            rows // geometry.channels,
+            x.stride(),
+            y.stride(),
+            output.activation,
+            *geometry.kernel,
+            *geometry.stride,
+            *geometry.dilation,
+            tile.down,
+            tile.strip,
+            tile.strips,
+            tile.rows,
+            num_warps=tile.warps,
+        )
+
+
+def _filters(values: Tensor, words: Tensor, cols: int, block: int, turned: bool = False) -> Tensor:
+    """The masked weight ``[rows, cols]`` as float32 ``[blocks of rows, cols, block]``, with zeros
+    past the last row; turned, its columns in reverse.
+    """
+    rows = words.shape[0]
+    blocks = triton.cdiv(rows, block)
+    filters = values.new_empty((blocks, cols, block), dtype=torch.float32)
+    _filters_kernel[(blocks * block // _FILTERS,)](
+        weight_arguments(values, words, cols, cols),
+        filters,
+        rows,
+        block,
+        turned,
+        _FILTERS,
+        max(32, triton.next_power_of_2(cols)),
+    )
+    return filters
+
+
+def _gather_grad_x(
+    grad_x: Tensor,
+    grad_y: Tensor,
+    values: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    geometry: Geometry,
+) -> None:
     channels = geometry.channels
     tile = config.depthwise_tile(geometry.in_pixels, channels)
     grid = (triton.cdiv(geometry.in_pixels, tile.pixels) * triton.cdiv(channels, tile.rows),)
     with on_device(grad_y):
         _depthwise_conv2d_grad_x_kernel[grid](
             grad_y,
-            _filters(values, words, geometry.cols),
+            _filters(values, words, geometry.cols, _FILTERS),
             scale,
             grad_x,
             geometry.arguments(),
@@ -98,6 +136,7 @@ def depthwise_conv2d_grad_x(
             grad_y.stride(),
             grad_x.stride(),
             *geometry.kernel,
+            _FILTERS,
             tile.pixels,
             tile.rows,
         )
@@ -105,45 +144,143 @@ def depthwise_conv2d_grad_x(
 
 def fill_depthwise_grad(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry: Geometry) -> None:
     """Fill the gradient of the filters."""
-    tile = config.depthwise_grad_tile(target.rows)
+    height, width = geometry.out_size
+    tile = config.depthwise_grad_tile(target.rows, width, geometry.kernel, x.stride(1) == 1)
+    strips = geometry.batch * triton.cdiv(height, tile.down) * triton.cdiv(width, tile.strip)
     blocks = triton.cdiv(target.rows, tile.rows)
-    parts, length = split(x, blocks, geometry.out_pixels, tile.pixels)
-    destination = target.destination(parts)
+    kernel_blocks = triton.cdiv(geometry.kernel[0], tile.kernel_rows)
+    steps = triton.cdiv(strips, tile.strips)
+    parts = config.parts(blocks * kernel_blocks, steps, programs(x) * tile.programs // 2)
+    sums = x.new_empty((parts, target.rows, target.cols), dtype=torch.float32)
     with on_device(x):
-        _depthwise_conv2d_grad_weight_kernel[(blocks, parts)](
+        _depthwise_conv2d_grad_weight_kernel[(blocks, parts, kernel_blocks)](
             grad_y,
             x,
-            destination,
-            target.arguments(),
+            sums,
             geometry.arguments(),
-            geometry.out_pixels,
-            length,
+            strips,
+            triton.cdiv(steps, parts) * tile.strips,
+            target.rows,
             target.rows // geometry.channels,
             grad_y.stride(),
             x.stride(),
-            parts == 1,
             *geometry.kernel,
-            tile.pixels,
+            *geometry.stride,
+            *geometry.dilation,
+            tile.kernel_rows,
+            tile.down,
+            tile.strip,
+            tile.strips,
             tile.rows,
-            max(32, triton.next_power_of_2(geometry.cols)),
+            num_warps=tile.warps,
         )
-        target.add_parts(destination)
+        target.add_parts(sums)
 
 
 @triton.jit
-def _filters_kernel(weight, filters, rows, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _filters_kernel(
+    weight, filters, rows, block, TURNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
     starts = row_starts(row, 0, weight[2], weight[4])
     tile = load_weight(weight, row, row < rows, starts, 0, COLS)
-    at = filters + col.to(tl.int64)[None, :] * rows + row[:, None]
-    ok = (row < rows)[:, None] & (col < weight[2])[None, :]
-    tl.store(at, tile.to(tl.float32), mask=ok)
+    position = weight[2] - 1 - col if TURNED else col
+    at = filters + (row // block * (weight[2] * block) + row % block).to(tl.int64)[:, None]
+    at += position[None, :] * block
+    tl.store(at, tile.to(tl.float32), mask=(col < weight[2])[None, :])
 
 
 @triton.jit
-def _load_filter(filters, row, row_ok, rows, position):
-    """float32 weights of the rows at one kernel position."""
-    return tl.load(filters + tl.cast(position, tl.int64) * rows + row, mask=row_ok, other=0.0)
+def _load_filters(filters, r, KW: tl.constexpr):
+    """Row r of some filters, float32; ``filters`` points to their first weights."""
+    w = ()
+    for s in tl.static_range(KW):
+        w += (tl.load(filters + (r * KW + s) * filters.shape[0])[None, :],)
+    return w
+
+
+@triton.jit
+def _strip_of(index, geometry, DOWN: tl.constexpr, STRIP: tl.constexpr):
+    """Image, and row and column of the first output pixel."""
+    image, down, right = pixel_of(index, tl.cdiv(geometry[2], DOWN), tl.cdiv(geometry[3], STRIP))
+    return image, down * DOWN, right * STRIP
+
+
+@triton.jit
+def _below(index, size):
+    """Whether 0 <= index < size, in one comparison."""
+    return index.to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32)
+
+
+@triton.jit
+def _beside(pixel, strides, DOWN, RIGHT):
+    """Pointers to the pixels so many rows and columns further on."""
+    return pixel + (tl.cast(strides[2], tl.int64) * DOWN + tl.cast(strides[3], tl.int64) * RIGHT)
+
+
+@triton.jit
+def _load_pixels(pixel, strides, col, width, ok, DOWN, COUNT: tl.constexpr):
+    """float32 tiles of COUNT pixels side by side from column ``col`` of a row on, which lies DOWN
+    rows below; zeros outside of the image.
+    """
+    tiles = ()
+    for c in tl.static_range(COUNT):
+        inside = ok & _below(col + c, width)[:, None]
+        tile = tl.load(_beside(pixel, strides, DOWN, c), mask=inside, other=0.0)
+        tiles += (tile.to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _add_products(
+    sums,
+    tiles,
+    w,
+    ROW: tl.constexpr,
+    STRIP: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+):
+    """Sums with the products of one row of the filters, for the pixels in output row ROW."""
+    new = ()
+    for n in tl.static_range(len(sums)):
+        total = sums[n]
+        if n // STRIP == ROW:
+            for s in tl.static_range(len(w)):
+                total += tiles[n % STRIP * STRIDE + s * DILATION] * w[s]
+        new += (total,)
+    return new
+
+
+@triton.jit
+def _add_correlations(
+    sums,
+    tiles,
+    grads,
+    ROW: tl.constexpr,
+    KERNEL_ROW: tl.constexpr,
+    KW: tl.constexpr,
+    STRIP: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+):
+    """Sums of kernel positions with the products of output row ROW, for those in KERNEL_ROW."""
+    new = ()
+    for n in tl.static_range(len(sums)):
+        total = sums[n]
+        if n // KW == KERNEL_ROW:
+            for j in tl.static_range(STRIP):
+                total += tiles[j * STRIDE + n % KW * DILATION] * grads[ROW * STRIP + j]
+        new += (total,)
+    return new
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles += (tl.zeros((STRIPS, ROWS), tl.float32),)
+    return tiles
 
 
 @triton.jit
@@ -161,53 +298,62 @@ def _depthwise_conv2d_kernel(
     ACTIVATION: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    DOWN: tl.constexpr,
     STRIP: tl.constexpr,
     STRIPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    COLUMNS: tl.constexpr = (STRIP - 1) * STRIDE_W + (KW - 1) * DILATION_W + 1
     across = tl.cdiv(rows, ROWS)
     row = tl.program_id(0) % across * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
-    channel = row // rows_per_channel
     strip = tl.program_id(0) // across * STRIPS + tl.arange(0, STRIPS)
-    image, out_row, out_col = pixel_of(strip, geometry[2], tl.cdiv(geometry[3], STRIP))
-    out_col *= STRIP
-    top, left = window(geometry, out_row, out_col)
     ok = (strip < strips)[:, None] & row_ok[None, :]
-    sums = ()
-    for _ in tl.static_range(STRIP):
-        sums += (tl.zeros((STRIPS, ROWS), tl.float32),)
-    for r in range(KH):
-        w = ()
-        for s in tl.static_range(KW):
-            w += (_load_filter(filters, row, row_ok, rows, r * KW + s)[None, :],)
-        down = top + r * geometry[8]
-        base = x + image_at(stride_x, image, down, left, channel)
-        for c in tl.static_range((STRIP - 1) * STRIDE + (KW - 1) * DILATION + 1):
-            inside = in_bounds(down, left + c, geometry[0], geometry[1])
-            tile = tl.load(base + c * stride_x[3], mask=ok & inside[:, None], other=0.0)
-            tile = tile.to(tl.float32)
-            new = ()
-            for j in tl.static_range(STRIP):
-                # Column c lies at kernel position (c - j * STRIDE) / DILATION of output pixel j.
-                if (
-                    c >= j * STRIDE
-                    and (c - j * STRIDE) % DILATION == 0
-                    and (c - j * STRIDE) // DILATION < KW
-                ):
-                    new += (sums[j] + tile * w[(c - j * STRIDE) // DILATION],)
-                else:
-                    new += (sums[j],)
-            sums = new
-    for j in tl.static_range(STRIP):
-        col = out_col + j
-        there = ok & (col < geometry[3])[:, None]
-        done = finished(sums[j], output, row, row_ok, rows, ACTIVATION, 1)
-        done = add_residual_of_image(done, output, image, out_row, col, row, there)
-        at = image_at(stride_y, image, out_row, col, row)
-        tl.store(y + at, done.to(y.dtype.element_ty), mask=there)
+    image, out_row, out_col = _strip_of(strip, geometry, DOWN, STRIP)
+    top, left = window(geometry, out_row, out_col)
+    pixel = x + image_at(stride_x, image, top, left, row // rows_per_channel)
+    filters += (tl.program_id(0) % across).to(tl.int64) * (KH * KW * ROWS) + tl.arange(0, ROWS)
+    sums = _zeros(DOWN * STRIP, STRIPS, ROWS)
+    if DOWN == 1:
+        for r in range(KH):
+            down = r * DILATION_H
+            inside = ok & _below(top + down, geometry[0])[:, None]
+            tiles = _load_pixels(pixel, stride_x, left, geometry[1], inside, down, COLUMNS)
+            w = _load_filters(filters, r, KW)
+            sums = _add_products(sums, tiles, w, 0, STRIP, STRIDE_W, DILATION_W)
+    else:
+        for down in tl.static_range((DOWN - 1) * STRIDE_H + (KH - 1) * DILATION_H + 1):
+            inside = ok & _below(top + down, geometry[0])[:, None]
+            tiles = _load_pixels(pixel, stride_x, left, geometry[1], inside, down, COLUMNS)
+            for i in tl.static_range(DOWN):
+                for r in tl.static_range(KH):
+                    if i * STRIDE_H + r * DILATION_H == down:
+                        w = _load_filters(filters, r, KW)
+                        sums = _add_products(sums, tiles, w, i, STRIP, STRIDE_W, DILATION_W)
+    there = ()
+    for n in tl.static_range(DOWN * STRIP):
+        inside = (out_row + n // STRIP < geometry[2]) & (out_col + n % STRIP < geometry[3])
+        there += (ok & inside[:, None],)
+    # All that is loaded comes before all that is stored, so that it is loaded once.
+    done = ()
+    for n in tl.static_range(DOWN * STRIP):
+        done += (finished(sums[n], output, row, row_ok, rows, ACTIVATION, 1),)
+    residual, strides = output[3], output[4:]
+    if residual is not None:
+        pixel = residual + image_at(strides, image, out_row, out_col, row)
+        new = ()
+        for n in tl.static_range(DOWN * STRIP):
+            at = _beside(pixel, strides, n // STRIP, n % STRIP)
+            new += (done[n] + tl.load(at, mask=there[n], other=0.0).to(tl.float32),)
+        done = new
+    pixel = y + image_at(stride_y, image, out_row, out_col, row)
+    for n in tl.static_range(DOWN * STRIP):
+        at = _beside(pixel, stride_y, n // STRIP, n % STRIP)
+        tl.store(at, done[n].to(y.dtype.element_ty), mask=there[n])
 
 
 @triton.jit
@@ -224,6 +370,7 @@ def _depthwise_conv2d_grad_x_kernel(
     stride_x,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    FILTERS: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -240,7 +387,8 @@ def _depthwise_conv2d_grad_x_kernel(
         at += out_col.to(tl.int64) * stride_y[3]
         for extra in range(rows_per_channel):
             row = channel * rows_per_channel + extra
-            w = _load_filter(filters, row, channel_ok, channels * rows_per_channel, position)
+            first = row // FILTERS * (KH * KW * FILTERS) + row % FILTERS
+            w = tl.load(filters + first + position * FILTERS, mask=channel_ok, other=0.0)
             tile = tl.load(
                 grad_y + at[:, None] + row.to(tl.int64)[None, :] * stride_y[1],
                 mask=ok & there[:, None],
@@ -258,45 +406,58 @@ def _depthwise_conv2d_grad_weight_kernel(
     grad_y,
     x,
     out,
-    target,
     geometry,
-    pixels,
-    pixels_per_part,
+    strips,
+    strips_per_part,
+    rows,
     rows_per_channel,
     stride_y,
     stride_x,
-    FINISH: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
-    PIXELS: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    KERNEL_ROWS: tl.constexpr,
+    DOWN: tl.constexpr,
+    STRIP: tl.constexpr,
+    STRIPS: tl.constexpr,
     ROWS: tl.constexpr,
-    COLS: tl.constexpr,
 ):
-    """The gradient of some rows, all kernel positions, summed over the pixels of one part."""
+    """The gradient of some rows at KERNEL_ROWS rows of the kernel, summed over a part of the
+    strips.
+    """
+    COLUMNS: tl.constexpr = (STRIP - 1) * STRIDE_W + (KW - 1) * DILATION_W + 1
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_ok = row < target[4]
-    channel = (row // rows_per_channel).to(tl.int64)
-    column = tl.arange(0, COLS)
-    begin = tl.program_id(1) * pixels_per_part
-    end = tl.minimum(begin + pixels_per_part, pixels)
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(begin, end, PIXELS):
-        pixel = start + tl.arange(0, PIXELS)
-        image, out_row, out_col = pixel_of(pixel, geometry[2], geometry[3])
-        ok = (pixel < end)[:, None] & row_ok[None, :]
-        at = image * stride_y[0] + out_row.to(tl.int64) * stride_y[2]
-        at += out_col.to(tl.int64) * stride_y[3]
-        at = grad_y + at[:, None] + row.to(tl.int64)[None, :] * stride_y[1]
-        grad = tl.load(at, mask=ok, other=0.0).to(tl.float32)  # [PIXELS, ROWS]
+    row_ok = row < rows
+    first = tl.program_id(2) * KERNEL_ROWS
+    begin = tl.program_id(1) * strips_per_part
+    end = tl.minimum(begin + strips_per_part, strips)
+    sums = _zeros(KERNEL_ROWS * KW, STRIPS, ROWS)
+    for start in range(begin, end, STRIPS):
+        strip = start + tl.arange(0, STRIPS)
+        ok = (strip < end)[:, None] & row_ok[None, :]
+        image, out_row, out_col = _strip_of(strip, geometry, DOWN, STRIP)
         top, left = window(geometry, out_row, out_col)
-        base = image * stride_x[0] + top.to(tl.int64) * stride_x[2]
-        base += left.to(tl.int64) * stride_x[3]
-        base = x + base[:, None] + channel[None, :] * stride_x[1]
-        for position in range(KH * KW):
-            down, right = position // KW * geometry[8], position % KW * geometry[9]
-            inside = in_bounds(top + down, left + right, geometry[0], geometry[1])
-            at = base + (tl.cast(down, tl.int64) * stride_x[2] + right * stride_x[3])
-            tile = tl.load(at, mask=ok & inside[:, None], other=0.0).to(tl.float32)
-            sums = tl.sum(grad * tile, axis=0)  # [ROWS]
-            acc += tl.where(column[None, :] == position, sums[:, None], 0.0)
-    store_grad(out, target, acc, row, 0, FINISH, COLS)
+        top += first * DILATION_H
+        grad_pixel = grad_y + image_at(stride_y, image, out_row, out_col, row)
+        pixel = x + image_at(stride_x, image, top, left, row // rows_per_channel)
+        grads = ()
+        for i in tl.static_range(DOWN):
+            inside = ok & (out_row + i < geometry[2])[:, None]
+            grads += _load_pixels(grad_pixel, stride_y, out_col, geometry[3], inside, i, STRIP)
+        for down in tl.static_range((DOWN - 1) * STRIDE_H + (KERNEL_ROWS - 1) * DILATION_H + 1):
+            inside = ok & _below(top + down, geometry[0])[:, None]
+            tiles = _load_pixels(pixel, stride_x, left, geometry[1], inside, down, COLUMNS)
+            for i in tl.static_range(DOWN):
+                for r in tl.static_range(KERNEL_ROWS):
+                    if i * STRIDE_H + r * DILATION_H == down:
+                        sums = _add_correlations(
+                            sums, tiles, grads, i, r, KW, STRIP, STRIDE_W, DILATION_W
+                        )
+    out += (tl.program_id(1).to(tl.int64) * rows + row) * (KH * KW)
+    for n in tl.static_range(KERNEL_ROWS * KW):
+        position = first * KW + n
+        if position < KH * KW:
+            tl.store(out + position, tl.sum(sums[n], axis=0), mask=row_ok)

@@ -100,7 +100,7 @@ def scored_linear(
         backend: as in ``masked_linear``.
 
     Returns:
-        ``[..., N]``. Raises ``ValueError`` if a score is NaN.
+        ``[..., N]``. Raises ``ValueError`` if a score is NaN, as rules do.
     """
     x, values, bias = _autocast(x, weight, bias)
     _check_scores(scores, rule, x)
@@ -230,7 +230,7 @@ def scored_conv2d(
         backend: as in ``masked_linear``.
 
     Returns:
-        ``[B, N, H', W']``. Raises ``ValueError`` if a score is NaN.
+        ``[B, N, H', W']``. Raises ``ValueError`` if a score is NaN, as rules do.
     """
     x, values, bias = _autocast(x, weight, bias)
     _check_scores(scores, rule, x)
@@ -349,11 +349,7 @@ def _autocast(
     check_type("weight", weight, (Tensor, Prototype))
     values = weight.values if isinstance(weight, Prototype) else weight
     kind = x.device.type
-    if (
-        kind in _AUTOCAST
-        and torch.is_autocast_enabled(kind)
-        and x.dtype != torch.float64
-    ):
+    if kind in _AUTOCAST and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
     return x, values, bias

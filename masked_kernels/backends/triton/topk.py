@@ -50,25 +50,27 @@ def select_topk(scores: Tensor, drop: int, absolute: bool) -> Tensor:
     words = _new_words(scores)
     if words.numel():
         _select([(0, scores.contiguous(), words, drop)], absolute)
-        raise_if_nan(scores.device)
+        with on_device(scores):
+            raise_if_nan(scores.device)
     return words
 
 
 def select_topk_many(scores: list[Tensor], drops: list[int], absolute: bool) -> list[Tensor]:
     words = [_new_words(s) for s in scores]
     groups: dict[tuple[torch.device, torch.dtype], list[_Job]] = {}
-    for i, (s, w, drop) in enumerate(zip(scores, words, drops, strict=True)):
+    for i, (s, w, drop) in enumerate(zip(scores, words, drops, strict=True), start=1):
         if w.numel():
             groups.setdefault((s.device, s.dtype), []).append((i, s.contiguous(), w, drop))
     for jobs in groups.values():
         _select(jobs, absolute)
-    for device in {device for device, _ in groups}:
-        raise_if_nan(device, many=True)
+    for some in {s.device: s for s in scores if s.numel()}.values():
+        with on_device(some):
+            raise_if_nan(some.device)
     return words
 
 
 _Job = tuple[int, Tensor, Tensor, int]
-"""A layer's index, contiguous scores, words to fill, and how many scores go."""
+"""A layer's name as NAN_LAYER says, contiguous scores, words to fill, and how many scores go."""
 
 
 def _new_words(scores: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch):
     """Few scores fill several programs, blocks and rooms, and find no hints of other tests."""
+    monkeypatch.setattr(config, "is_small", lambda numel: False)
     monkeypatch.setattr(config, "warm_start_pays", lambda total: True)
     monkeypatch.setattr(topk, "_CHUNK", 1024)
     for module in (topk, topk_warm):

@@ -79,6 +79,22 @@ def load_scores(
 
 
 @triton.jit
+def word_indices(block, numel, cols, FLAT: tl.constexpr, BLOCK: tl.constexpr):
+    """Flat indices [BLOCK, 32] of the scores of a block of words, and whether there is such a
+    score. FLAT if words follow each other in flat order: rows are of whole words or there is one.
+    """
+    if FLAT:
+        word = block * BLOCK + tl.arange(0, BLOCK)
+        index = word[:, None] * 32 + tl.arange(0, 32)[None, :]
+        ok = index < numel
+    else:
+        rows = numel // cols
+        row, col, ok = word_elements(block * BLOCK, rows, cols, tl.cdiv(cols, 32), BLOCK)
+        index = row[:, None] * cols + col
+    return index, ok
+
+
+@triton.jit
 def words_of_layer(table, layer, LAYERS: tl.constexpr):
     """How many words the mask of a layer has."""
     cols = fact(table, COLS, layer, LAYERS)

@@ -138,12 +138,9 @@ def sort_keys(score, ABSOLUTE: tl.constexpr):
 
 
 @triton.jit
-def flag_nan(flag, score, index, ok):
+def flag_nan(flag, index, nan):
     """Lower the flag to the lowest index of a NaN."""
-    nan = ok & (score != score)
-    if tl.max(nan.to(tl.int32).reshape(nan.numel), axis=0) > 0:
-        index = tl.where(nan, index.to(tl.int64), _NO_NAN)
-        tl.atomic_min(flag, tl.min(index.reshape(index.numel), axis=0))
+    tl.atomic_min(flag + tl.zeros(index.shape, tl.int32), index.to(tl.int64), mask=nan)
 
 
 @triton.jit
@@ -155,7 +152,7 @@ def _load_scores(
     row, col, ok = word_elements(first, rows, cols, words_per_row, BLOCK)
     score = tl.load(scores + row[:, None] * stride_row + col * stride_col, mask=ok, other=0.0)
     score = score.to(tl.float32)
-    flag_nan(flag, score, row[:, None] * cols + col, ok)
+    flag_nan(flag, row[:, None] * cols + col, ok & (score != score))
     return score, row, col, ok
 
 

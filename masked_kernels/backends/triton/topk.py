@@ -39,6 +39,7 @@ from .layers import (
     words_of_layer,
 )
 from .select import NAN_LAYER, flag_nan, nan_flag, raise_if_nan, sort_keys, store_words
+from .topk_small import select_small
 from .topk_warm import warm_start
 
 _CHUNK = 2**16 if interpreted() else 2**12  # scores a program counts at a time
@@ -80,6 +81,16 @@ def _new_words(scores: Tensor) -> Tensor:
 
 def _select(jobs: Sequence[_Job], absolute: bool) -> None:
     """Fill the words of layers on one device and of one dtype."""
+    small = [job for job in jobs if config.is_small(job[1].numel())]
+    large = [job for job in jobs if not config.is_small(job[1].numel())]
+    with on_device(jobs[0][1]):
+        if small:
+            select_small(small, absolute)
+        if large:
+            _select_large(large, absolute)
+
+
+def _select_large(jobs: Sequence[_Job], absolute: bool) -> None:
     some = jobs[0][1]
     key_bytes = _KEY_BYTES[some.dtype]
     total = sum(s.numel() for _, s, _, _ in jobs)
@@ -101,22 +112,21 @@ def _select(jobs: Sequence[_Job], absolute: bool) -> None:
     nothing = [0] * (len(facts[0]) - FIELDS)
     absent = (0, 0, 0, 1, 0, 0, first_count[-1], first_words[-1], *nothing)
     aligned = all(s.data_ptr() % 16 == 0 for _, s, _, _ in jobs)
-    with on_device(some):
-        table, layers = layer_table(facts, absent, some.device)
-        counts = table.new_zeros((len(jobs), key_bytes, _BINS.value))
-        found = table.new_empty((len(jobs), key_bytes + 1, 2))
-        equals = table.new_zeros(first_words[-1] + 1)
-        scores = (table, tl_dtype(some.dtype), layers, key_bytes, absolute)
-        if warm is not None:
-            warm.split(table, layers, absolute)
-        for byte in range(key_bytes):
-            _count_kernel[(first_count[-1],)](
-                *scores, counts, found, nan_flag(some.device), byte, aligned, _CHUNK
-            )
-        _count_equals_kernel[(first_words[-1],)](*scores, counts, found, equals, WORDS)
-        _select_topk_kernel[(first_words[-1],)](*scores, found, equals.cumsum(0), WORDS)
-        if warm is not None:
-            warm.finish(table, found, layers, key_bytes)
+    table, layers = layer_table(facts, absent, some.device)
+    counts = table.new_zeros((len(jobs), key_bytes, _BINS.value))
+    found = table.new_empty((len(jobs), key_bytes + 1, 2))
+    equals = table.new_zeros(first_words[-1] + 1)
+    scores = (table, tl_dtype(some.dtype), layers, key_bytes, absolute)
+    if warm is not None:
+        warm.split(table, layers, absolute)
+    for byte in range(key_bytes):
+        _count_kernel[(first_count[-1],)](
+            *scores, counts, found, nan_flag(some.device), byte, aligned, _CHUNK
+        )
+    _count_equals_kernel[(first_words[-1],)](*scores, counts, found, equals, WORDS)
+    _select_topk_kernel[(first_words[-1],)](*scores, found, equals.cumsum(0), WORDS)
+    if warm is not None:
+        warm.finish(table, found, layers, key_bytes)
 
 
 @triton.jit
@@ -181,7 +191,7 @@ def _count_kernel(
         ok = index < total
         score = tl.load(scores + index, mask=ok, other=0.0).to(tl.float32)
         if BYTE == 0:
-            flag_nan(flag, score, named + index, ok)
+            flag_nan(flag, named + index, ok & (score != score))
         key = sort_keys(score, ABSOLUTE)
         if BYTE > 0:
             ok &= (key >> (32 - 8 * BYTE)) == known.to(tl.uint32)

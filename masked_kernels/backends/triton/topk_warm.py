@@ -174,7 +174,7 @@ def _split_kernel(
         for first in range(begin, tl.minimum(begin + span, count), BLOCK):
             score, ok, index = load_scores(table, layer, first // BLOCK, SCORE, LAYERS, BLOCK)
             value = score.to(tl.float32)
-            flag_nan(flag, value, named + index, ok)
+            flag_nan(flag, named + index, ok & (value != value))
             key = sort_keys(value, ABSOLUTE)
             store_words(words, first // BLOCK, ok & (key > hi), count, BLOCK)
             below += (ok & (key < lo)).to(tl.int32)

@@ -32,6 +32,7 @@ from .layers import (
     OUT,
     SCORES,
     fact,
+    is_flat,
     layer_of_program,
     layer_table,
     load_scores,
@@ -117,14 +118,16 @@ def _select_large(jobs: Sequence[_Job], absolute: bool) -> None:
     found = table.new_empty((len(jobs), key_bytes + 1, 2))
     equals = table.new_zeros(first_words[-1] + 1)
     scores = (table, tl_dtype(some.dtype), layers, key_bytes, absolute)
+    narrow = max(w.numel() for _, _, w, _ in jobs) < 2**26 - WORDS  # 32 scores each
+    way = (all(is_flat(s) for _, s, _, _ in jobs), tl.int32 if narrow else tl.int64)
     if warm is not None:
-        warm.split(table, layers, absolute)
+        warm.split(table, layers, absolute, *way)
     for byte in range(key_bytes):
         _count_kernel[(first_count[-1],)](
             *scores, counts, found, nan_flag(some.device), byte, aligned, _CHUNK
         )
-    _count_equals_kernel[(first_words[-1],)](*scores, counts, found, equals, WORDS)
-    _select_topk_kernel[(first_words[-1],)](*scores, found, equals.cumsum(0), WORDS)
+    _count_equals_kernel[(first_words[-1],)](*scores, counts, found, equals, *way, WORDS)
+    _select_topk_kernel[(first_words[-1],)](*scores, found, equals.cumsum(0), *way, WORDS)
     if warm is not None:
         warm.finish(table, found, layers, key_bytes)
 
@@ -210,10 +213,12 @@ def _load_keys(
     LAYERS: tl.constexpr,
     KEY_BYTES: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    FLAT: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Keys [BLOCK, 32] of a block of words, in flat order, and whether there is such a score."""
-    score, ok, _index = load_scores(table, layer, block, SCORE, LAYERS, BLOCK)
+    score, ok, _index = load_scores(table, layer, block, SCORE, LAYERS, FLAT, INDEX, BLOCK)
     return sort_keys(score, ABSOLUTE) >> (32 - 8 * KEY_BYTES), ok
 
 
@@ -227,6 +232,8 @@ def _count_equals_kernel(
     counts,
     found,
     equals,
+    FLAT: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """For each block the scores equal to K, where some of these must go."""
@@ -234,7 +241,9 @@ def _count_equals_kernel(
     kth, left = _found_before(table, counts, found, layer, KEY_BYTES, LAYERS, KEY_BYTES)
     _keep(found, layer, block == 0, kth, left, KEY_BYTES, KEY_BYTES)
     if left > 0:
-        key, ok = _load_keys(table, layer, block, SCORE, LAYERS, KEY_BYTES, ABSOLUTE, BLOCK)
+        key, ok = _load_keys(
+            table, layer, block, SCORE, LAYERS, KEY_BYTES, ABSOLUTE, FLAT, INDEX, BLOCK
+        )
         equal = (ok & (key == kth.to(tl.uint32))).to(tl.int32).reshape(BLOCK * 32)
         tl.store(equals + 1 + tl.program_id(0), tl.sum(equal, axis=0).to(tl.int64))
 
@@ -248,6 +257,8 @@ def _select_topk_kernel(
     ABSOLUTE: tl.constexpr,
     found,
     before,
+    FLAT: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     layer, block = layer_of_program(table, FIRST_WORDS, LAYERS)
@@ -255,10 +266,14 @@ def _select_topk_kernel(
     kth, left = tl.load(at).to(tl.uint32), tl.load(at + 1)
     count = words_of_layer(table, layer, LAYERS)
     if block * BLOCK < count:  # else these scores were not put aside
-        key, ok = _load_keys(table, layer, block, SCORE, LAYERS, KEY_BYTES, ABSOLUTE, BLOCK)
-        first = tl.load(before + tl.program_id(0) - block)
-        earlier = tl.load(before + tl.program_id(0)) - first
-        rank = earlier + ranks((ok & (key == kth)).to(tl.int32))
-        goes = (key < kth) | ((key == kth) & (rank < left))
+        key, ok = _load_keys(
+            table, layer, block, SCORE, LAYERS, KEY_BYTES, ABSOLUTE, FLAT, INDEX, BLOCK
+        )
+        goes = key < kth
+        if left > 0:
+            first = tl.load(before + tl.program_id(0) - block)
+            earlier = tl.load(before + tl.program_id(0)) - first
+            rank = earlier + ranks((ok & (key == kth)).to(tl.int32))
+            goes = goes | ((key == kth) & (rank < left))
         words = fact(table, OUT, layer, LAYERS).to(tl.pointer_type(tl.int32))
         store_words(words, block, ok & ~goes, count, BLOCK)

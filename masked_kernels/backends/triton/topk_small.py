@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import config
 from ._helpers import tl_dtype
-from .layers import ranks, word_indices
+from .layers import is_flat, ranks, word_indices
 from .select import NAN_LAYER, flag_nan, nan_flag, sort_keys, store_words
 
 _AT_ONCE = 16  # layers of one launch
@@ -62,8 +62,7 @@ def _launch(jobs: Sequence[tuple[int, Tensor, Tensor, int]], absolute: bool) -> 
         absolute,
         bits,
         max(bits - _BOUND_BITS, 0),
-        all(s.shape[0] == 1 or s.shape[1] % 32 == 0 for s in scores),
-        all(s.data_ptr() % 16 == 0 and s.numel() % 16 == 0 for s in scores),
+        all(map(is_flat, scores)),
         tile.scores,
         num_warps=tile.warps,
     )
@@ -79,12 +78,11 @@ def _small_topk_kernel(
     BITS: tl.constexpr,
     BOUND_LAST: tl.constexpr,
     FLAT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     scores = _fact(layers, _SCORES).to(tl.pointer_type(SCORE))
     numel = _fact(layers, _NUMEL).to(tl.int32)
-    if ALIGNED:
+    if FLAT:
         scores, numel = tl.multiple_of(scores, 16), tl.multiple_of(numel, 16)
     drop = _fact(layers, _DROP).to(tl.int32)
     name = _fact(layers, _NAME) * NAN_LAYER

@@ -100,7 +100,7 @@ def scored_linear(
         backend: as in ``masked_linear``.
 
     Returns:
-        ``[..., N]``. Raises ``ValueError`` if a score is NaN.
+        ``[..., N]``. Raises ``ValueError`` if a score is NaN, as rules do.
     """
     x, values, bias = _autocast(x, weight, bias)
     _check_scores(scores, rule, x)
@@ -230,7 +230,7 @@ def scored_conv2d(
         backend: as in ``masked_linear``.
 
     Returns:
-        ``[B, N, H', W']``. Raises ``ValueError`` if a score is NaN.
+        ``[B, N, H', W']``. Raises ``ValueError`` if a score is NaN, as rules do.
     """
     x, values, bias = _autocast(x, weight, bias)
     _check_scores(scores, rule, x)

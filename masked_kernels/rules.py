@@ -26,7 +26,9 @@ class Rule(abc.ABC):
     absolute: bool
 
     def __call__(self, scores: Tensor) -> PackedMask:
-        """The mask of ``scores`` (any shape, float). Raises ``ValueError`` if a score is NaN."""
+        """The mask of ``scores`` (any shape, float). Raises ``ValueError`` if a score is NaN; on a
+        GPU a later selection does, or ``backends.check_scores()``.
+        """
         check_float("scores", scores)
         return PackedMask(self.select(scores), scores.shape)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import masked_kernels as mk
+from masked_kernels.backends import check_scores
 
 FUNCTIONS = ("masked_linear", "scored_linear", "masked_conv2d", "scored_conv2d")
 RULES = (mk.TopK(0.3), mk.Threshold(0.0, rescale=True), mk.NM())
@@ -70,6 +71,7 @@ def test_compiled_graph_obeys_use_backend() -> None:
     scores.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="scores: NaN"):
         compiled(x, scores)
+        check_scores()
 
 
 class Net(nn.Module):

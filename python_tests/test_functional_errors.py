@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import masked_kernels as mk
+from masked_kernels.backends import check_scores
 
 X, W, MASK = torch.randn(2, 8), torch.randn(3, 8), torch.ones(3, 8, dtype=torch.bool)
 IMAGE, KERNEL = torch.randn(1, 4, 5, 5), torch.randn(2, 4, 3, 3)
@@ -120,3 +121,4 @@ IMAGE, KERNEL = torch.randn(1, 4, 5, 5), torch.randn(2, 4, 3, 3)
 def test_errors_name_the_argument(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call(mk.PackedMask.from_bool(MASK))
+        check_scores()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import masked_kernels as mk
+from masked_kernels.backends import check_scores
 
 
 def published_mask(keys: Tensor, density: float) -> Tensor:
@@ -185,6 +186,7 @@ def test_a_nan_score_raises(backend: str) -> None:
     for mode in (True, False):
         with mk.use_backend(backend), pytest.raises(ValueError, match="NaN at flat index 1"):
             model.train(mode)(torch.ones(1, 4))
+            check_scores()
 
 
 def test_a_prototype_keeps_the_std_of_its_layer() -> None:

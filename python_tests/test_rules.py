@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import masked_kernels as mk
 from masked_kernels import _ops
+from masked_kernels.backends import check_scores
 
 SHAPES = [
     (0,),
@@ -155,6 +156,7 @@ def test_nan_is_refused(rule: mk.Rule, backend: str) -> None:
             pytest.raises(ValueError, match=f"scores: NaN at flat index {index};"),
         ):
             rule(scores)
+            check_scores()
 
 
 def test_select_many_is_select_of_each(backend: str) -> None:
@@ -169,6 +171,7 @@ def test_select_many_is_select_of_each(backend: str) -> None:
     scores[3][7] = math.nan
     with pytest.raises(ValueError, match=r"scores\[3\]: NaN at flat index 7;"):
         mk.TopK().select_many(scores, backend)
+        check_scores()
     assert mk.TopK().select_many([], backend) == []
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from masked_kernels import _ops
-from masked_kernels.backends import forget_thresholds, why_unavailable
+from masked_kernels.backends import check_scores, forget_thresholds, why_unavailable
 
 if reason := why_unavailable("triton"):
     pytest.skip(f"backend 'triton' is unavailable: {reason}", allow_module_level=True)
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch):
     """Few scores fill several programs, blocks and rooms, and find no hints of other tests."""
+    monkeypatch.setattr(config, "is_small", lambda numel: False)
     monkeypatch.setattr(config, "warm_start_pays", lambda total: True)
     monkeypatch.setattr(topk, "_CHUNK", 1024)
     for module in (topk, topk_warm):
@@ -154,6 +155,7 @@ def test_a_nan_is_named(backend: str, hits: list[bool]) -> None:
         scores.view(-1)[place] = math.nan
         with pytest.raises(ValueError, match=f"scores: NaN at flat index {place};"):
             _ops.select_topk(scores, drop, absolute, backend)
+            check_scores()
         scores.copy_(good)
     for _ in range(2):
         check(scores, 1700, True, backend)

@@ -102,12 +102,14 @@ def test_every_op_has_a_call() -> None:
 @pytest.mark.parametrize("name", sorted(calls()))
 def test_compiles(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compact, "check_count", lambda *_: None)  # nothing has been counted
-    for warm in (False, True) if "topk" in name else (False,):
+    ways = (None, False, True) if "topk" in name else (None,)
+    for warm in ways:
+        monkeypatch.setattr(config, "is_small", lambda numel, warm=warm: warm is None)
         monkeypatch.setattr(config, "warm_start_pays", lambda total, warm=warm: warm)
         for arguments in calls()[name]:
             kernels = aot.compiled(lambda args=arguments: getattr(backend, name)(*args), target)
             assert kernels
-            assert warm == ("_split_kernel" in {kernel.name for kernel in kernels})
+            assert bool(warm) == ("_split_kernel" in {kernel.name for kernel in kernels})
             for kernel in kernels:
                 assert kernel.metadata.target == aot.TARGETS[target]
                 assert kernel.metadata.shared <= aot.SHARED_BYTES[target]

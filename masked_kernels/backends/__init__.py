@@ -5,7 +5,7 @@ A backend is a module of this folder with functions named after the ops of ``_op
 ``ORDER`` is all the registration there is. Where they apply it also has
 ``kernel_choice(op, *args) -> str | None``, if it chooses among kernels; ``bind(op, *args)``, if it
 can choose for all calls like one at once; ``forget_thresholds()``, if it remembers where a tensor's
-top-k threshold was.
+top-k threshold was; ``check_scores()``, if it does not raise for a NaN at once.
 """
 
 import functools
@@ -148,10 +148,22 @@ def forget_thresholds() -> None:
     """Start the next selections from nothing, as if no tensor had been selected from: for measuring
     how long that takes. Masks do not depend on it.
     """
+    _call_each("forget_thresholds")
+
+
+def check_scores() -> None:
+    """Wait for the selections so far and raise ``ValueError`` if a score was NaN. On a GPU, where a
+    selection does not wait, the error comes from here or from a later selection.
+    """
+    _call_each("check_scores")
+
+
+def _call_each(function: str) -> None:
+    """Of every usable backend that has it."""
     for name in _usable(ORDER):
-        forget = getattr(_module(name), "forget_thresholds", None)
-        if forget is not None:
-            forget()
+        call = getattr(_module(name), function, None)
+        if call is not None:
+            call()
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..backends import check_scores
 from ..mask import PackedMask
 from ..rules import TopK
 
@@ -36,10 +37,13 @@ def prune_masks(
         raise ValueError(f"scope: got {scope!r}, expected one of {', '.join(SCOPES)}")
     rule = TopK(density, absolute=False)
     if scope == "layer" or not scores:
-        return {name: rule(s) for name, s in scores.items()}
-    kept = rule(torch.cat([s.flatten() for s in scores.values()])).unpack()
-    parts = kept.split([s.numel() for s in scores.values()])
-    return {
-        name: PackedMask.from_bool(part.view(s.shape))
-        for (name, s), part in zip(scores.items(), parts, strict=True)
-    }
+        masks = {name: rule(s) for name, s in scores.items()}
+    else:
+        kept = rule(torch.cat([s.flatten() for s in scores.values()])).unpack()
+        parts = kept.split([s.numel() for s in scores.values()])
+        masks = {
+            name: PackedMask.from_bool(part.view(s.shape))
+            for (name, s), part in zip(scores.items(), parts, strict=True)
+        }
+    check_scores()
+    return masks

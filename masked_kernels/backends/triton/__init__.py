@@ -57,6 +57,11 @@ def forget_thresholds() -> None:
     importlib.import_module(".topk_warm", __name__).forget_thresholds()
 
 
+def check_scores() -> None:
+    """As ``backends.check_scores`` says."""
+    importlib.import_module(".select", __name__).check_scores()
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -91,6 +91,25 @@ def parts_of_layer(numel: int, total: int, chunk: int, programs: int) -> int:
     return max(1, min(-(-numel // chunk), programs * numel // total))
 
 
+@dataclass(frozen=True)
+class SmallTopkTile:
+    """Scores whose keys one program has in registers, and its warps."""
+
+    scores: int
+    warps: int
+
+
+def small_topk_tile(numel: int) -> SmallTopkTile:
+    """For layers of up to ``numel`` scores each."""
+    scores = min(max(1 << (numel - 1).bit_length(), 1024), 8192)
+    return SmallTopkTile(scores=scores, warps=scores // 512)
+
+
+def is_small(numel: int) -> bool:
+    """Whether one program selects from a layer faster than the launches for all of the device."""
+    return numel <= 1 << 17
+
+
 def warm_start_pays(total: int) -> bool:
     """Whether a top-k of so many scores is split around the last threshold first: four launches
     more, and one pass over the scores in place of several.

@@ -22,10 +22,19 @@ OUT = tl.constexpr(1)  # address of the words
 NUMEL = tl.constexpr(2)
 COLS = tl.constexpr(3)
 DROP = tl.constexpr(4)
-LAYER = tl.constexpr(5)  # its index in the call
+LAYER = tl.constexpr(5)  # its name, as NAN_LAYER says
 FIRST_COUNT = tl.constexpr(6)  # its first program in the counting passes
 FIRST_WORDS = tl.constexpr(7)  # its first program in the last passes
 FIELDS = 8
+
+
+def is_flat(scores: Tensor) -> bool:
+    """Whether words follow each other in flat order, as rows are of whole words or there is one,
+    and 16 bytes of scores can be loaded at a time.
+    """
+    rows, cols = scores.shape
+    whole = cols % 32 == 0 or (rows == 1 and cols % 16 == 0)
+    return whole and scores.data_ptr() % 16 == 0
 
 
 def layer_table(
@@ -67,15 +76,41 @@ def layer_of_program(table, FIRST: tl.constexpr, LAYERS: tl.constexpr):
 
 @triton.jit
 def load_scores(
-    table, layer, block, SCORE: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr
+    table,
+    layer,
+    block,
+    SCORE: tl.constexpr,
+    LAYERS: tl.constexpr,
+    FLAT: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Scores [BLOCK, 32] of a block of words, whether there is such a score, and flat indices."""
+    """Scores [BLOCK, 32] of a block of words, whether there is such a score, and flat indices.
+    FLAT as ``is_flat`` says, INDEX the integers to compute in.
+    """
     scores = fact(table, SCORES, layer, LAYERS).to(tl.pointer_type(SCORE))
-    cols = fact(table, COLS, layer, LAYERS)
-    rows = fact(table, NUMEL, layer, LAYERS) // cols
-    row, col, ok = word_elements(block * BLOCK, rows, cols, tl.cdiv(cols, 32), BLOCK)
-    index = row[:, None] * cols + col
+    numel = fact(table, NUMEL, layer, LAYERS).to(INDEX)
+    cols = fact(table, COLS, layer, LAYERS).to(INDEX)
+    if FLAT:
+        scores, numel = tl.multiple_of(scores, 16), tl.multiple_of(numel, 16)
+    index, ok = word_indices(tl.cast(block, INDEX), numel, cols, FLAT, BLOCK)
     return tl.load(scores + index, mask=ok, other=0.0), ok, index
+
+
+@triton.jit
+def word_indices(block, numel, cols, FLAT: tl.constexpr, BLOCK: tl.constexpr):
+    """Flat indices [BLOCK, 32] of the scores of a block of words, and whether there is such a
+    score. FLAT if words follow each other in flat order.
+    """
+    if FLAT:
+        word = block * BLOCK + tl.arange(0, BLOCK)
+        index = word[:, None] * 32 + tl.arange(0, 32)[None, :]
+        ok = index < numel
+    else:
+        rows = numel // cols
+        row, col, ok = word_elements(block * BLOCK, rows, cols, tl.cdiv(cols, 32), BLOCK)
+        index = row[:, None] * cols + col
+    return index, ok
 
 
 @triton.jit

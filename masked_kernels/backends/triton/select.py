@@ -1,9 +1,11 @@
 """select_threshold and select_nm, and what all rules share: sort keys and the check for NaN.
 
 A NaN must raise, but a kernel cannot raise. The kernels leave the lowest flat index of a NaN in a
-flag, one a device, and ``raise_if_nan`` reads it after the launch. The index of the layer among
-those of one call counts before the one in the tensor. While a CUDA graph is captured nothing may be
-read: then the flag stays set by a replay, and the next call outside of a capture raises.
+flag, one a device. The host must not wait for it, or it would launch nothing meanwhile: each call
+looks at a copy of the flag that has arrived, if there is one, and sends for the next. So on a GPU
+the error comes from a later call, or from ``check_scores``, which waits. While a CUDA graph is
+captured nothing may be read: then the flag stays set by a replay, and a call outside of a capture
+raises.
 """
 
 import torch
@@ -16,32 +18,69 @@ from ._helpers import WORDS, on_device, pack_bits, word_elements
 
 _NO_NAN = tl.constexpr(2**63 - 1)
 NAN_LAYER = tl.constexpr(2**40)
-"""What a layer's index is multiplied by: more than the scores of any tensor."""
+"""What counts before the index in a tensor, which is smaller: 0 for the scores of an op of one
+tensor, i + 1 for ``scores[i]``.
+"""
 
-_flags: dict[torch.device, Tensor] = {}
+
+class _Flag:
+    """Of one device: where its kernels leave the lowest index of a NaN, and its way to the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.index = torch.full((), _NO_NAN.value, dtype=torch.int64, device=device)
+        if device.type == "cuda":
+            self._copy = torch.full((), _NO_NAN.value, dtype=torch.int64, device="cpu").pin_memory()
+            self._copied = torch.cuda.Event()
+            torch.cuda.synchronize(device)  # other streams use it too; an error in a capture
+
+    def look(self) -> None:
+        """Raise for a NaN that is known of, without a wait. The device must be the current one."""
+        if not self.index.is_cuda:
+            self._raise(int(self.index))
+        elif not torch.cuda.is_current_stream_capturing() and self._copied.query():
+            self._raise(int(self._copy))
+            self._copy.copy_(self.index, non_blocking=True)
+            self._copied.record()
+
+    def wait(self) -> None:
+        """Raise for a NaN in what was launched so far."""
+        if self.index.is_cuda:
+            torch.cuda.synchronize(self.index.device)
+        self._raise(int(self.index))
+
+    def _raise(self, found: int) -> None:
+        if found == _NO_NAN.value:
+            return
+        self.index.fill_(_NO_NAN.value)
+        if self.index.is_cuda:
+            torch.cuda.synchronize(self.index.device)  # no stream shall copy what is told now
+            self._copy.fill_(_NO_NAN.value)
+        layer, index = divmod(found, NAN_LAYER.value)
+        name = f"scores[{layer - 1}]" if layer else "scores"
+        raise ValueError(f"{name}: NaN at flat index {index}; scores must not contain NaN")
+
+
+_flags: dict[torch.device, _Flag] = {}
 
 
 def nan_flag(device: torch.device) -> Tensor:
     """Where kernels leave the lowest index of a NaN."""
     if device not in _flags:
-        _flags[device] = torch.full((), _NO_NAN.value, dtype=torch.int64, device=device)
-        if device.type == "cuda":  # other streams use it too; an error if a graph is captured
-            torch.cuda.synchronize(device)
-    return _flags[device]
+        _flags[device] = _Flag(device)
+    return _flags[device].index
 
 
-def raise_if_nan(device: torch.device, many: bool = False) -> None:
-    """Raise ``ValueError`` for a NaN that a kernel found since the last call, in one or in one of
-    many scores.
+def raise_if_nan(device: torch.device) -> None:
+    """Raise ``ValueError`` for a NaN that a kernel is known to have found. The device must be the
+    current one.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return
-    flag = int(_flags[device])
-    if flag != _NO_NAN.value:
-        _flags[device].fill_(_NO_NAN.value)
-        layer, index = divmod(flag, NAN_LAYER.value)
-        name = f"scores[{layer}]" if many or layer else "scores"
-        raise ValueError(f"{name}: NaN at flat index {index}; scores must not contain NaN")
+    _flags[device].look()
+
+
+def check_scores() -> None:
+    """As ``backends.check_scores`` says."""
+    for flag in _flags.values():
+        flag.wait()
 
 
 def select_threshold(scores: Tensor, threshold: float) -> Tensor:
@@ -60,7 +99,7 @@ def select_threshold(scores: Tensor, threshold: float) -> Tensor:
                 *scores.stride(),
                 WORDS,
             )
-        raise_if_nan(scores.device)
+            raise_if_nan(scores.device)
     return words
 
 
@@ -80,7 +119,7 @@ def select_nm(scores: Tensor, n: int, m: int, absolute: bool) -> Tensor:
                 absolute,
                 WORDS,
             )
-        raise_if_nan(scores.device)
+            raise_if_nan(scores.device)
     return words
 
 
@@ -99,12 +138,9 @@ def sort_keys(score, ABSOLUTE: tl.constexpr):
 
 
 @triton.jit
-def flag_nan(flag, score, index, ok):
+def flag_nan(flag, index, nan):
     """Lower the flag to the lowest index of a NaN."""
-    nan = ok & (score != score)
-    if tl.max(nan.to(tl.int32).reshape(nan.numel), axis=0) > 0:
-        index = tl.where(nan, index.to(tl.int64), _NO_NAN)
-        tl.atomic_min(flag, tl.min(index.reshape(index.numel), axis=0))
+    tl.atomic_min(flag + tl.zeros(index.shape, tl.int32), index.to(tl.int64), mask=nan)
 
 
 @triton.jit
@@ -116,7 +152,7 @@ def _load_scores(
     row, col, ok = word_elements(first, rows, cols, words_per_row, BLOCK)
     score = tl.load(scores + row[:, None] * stride_row + col * stride_col, mask=ok, other=0.0)
     score = score.to(tl.float32)
-    flag_nan(flag, score, row[:, None] * cols + col, ok)
+    flag_nan(flag, row[:, None] * cols + col, ok & (score != score))
     return score, row, col, ok
 
 

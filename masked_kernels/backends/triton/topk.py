@@ -32,6 +32,7 @@ from .layers import (
     OUT,
     SCORES,
     fact,
+    is_flat,
     layer_of_program,
     layer_table,
     load_scores,
@@ -39,6 +40,7 @@ from .layers import (
     words_of_layer,
 )
 from .select import NAN_LAYER, flag_nan, nan_flag, raise_if_nan, sort_keys, store_words
+from .topk_small import select_small
 from .topk_warm import warm_start
 
 _CHUNK = 2**16 if interpreted() else 2**12  # scores a program counts at a time
@@ -50,25 +52,27 @@ def select_topk(scores: Tensor, drop: int, absolute: bool) -> Tensor:
     words = _new_words(scores)
     if words.numel():
         _select([(0, scores.contiguous(), words, drop)], absolute)
-        raise_if_nan(scores.device)
+        with on_device(scores):
+            raise_if_nan(scores.device)
     return words
 
 
 def select_topk_many(scores: list[Tensor], drops: list[int], absolute: bool) -> list[Tensor]:
     words = [_new_words(s) for s in scores]
     groups: dict[tuple[torch.device, torch.dtype], list[_Job]] = {}
-    for i, (s, w, drop) in enumerate(zip(scores, words, drops, strict=True)):
+    for i, (s, w, drop) in enumerate(zip(scores, words, drops, strict=True), start=1):
         if w.numel():
             groups.setdefault((s.device, s.dtype), []).append((i, s.contiguous(), w, drop))
     for jobs in groups.values():
         _select(jobs, absolute)
-    for device in {device for device, _ in groups}:
-        raise_if_nan(device, many=True)
+    for some in {s.device: s for s in scores if s.numel()}.values():
+        with on_device(some):
+            raise_if_nan(some.device)
     return words
 
 
 _Job = tuple[int, Tensor, Tensor, int]
-"""A layer's index, contiguous scores, words to fill, and how many scores go."""
+"""A layer's name as NAN_LAYER says, contiguous scores, words to fill, and how many scores go."""
 
 
 def _new_words(scores: Tensor) -> Tensor:
@@ -78,6 +82,16 @@ def _new_words(scores: Tensor) -> Tensor:
 
 def _select(jobs: Sequence[_Job], absolute: bool) -> None:
     """Fill the words of layers on one device and of one dtype."""
+    small = [job for job in jobs if config.is_small(job[1].numel())]
+    large = [job for job in jobs if not config.is_small(job[1].numel())]
+    with on_device(jobs[0][1]):
+        if small:
+            select_small(small, absolute)
+        if large:
+            _select_large(large, absolute)
+
+
+def _select_large(jobs: Sequence[_Job], absolute: bool) -> None:
     some = jobs[0][1]
     key_bytes = _KEY_BYTES[some.dtype]
     total = sum(s.numel() for _, s, _, _ in jobs)
@@ -99,22 +113,23 @@ def _select(jobs: Sequence[_Job], absolute: bool) -> None:
     nothing = [0] * (len(facts[0]) - FIELDS)
     absent = (0, 0, 0, 1, 0, 0, first_count[-1], first_words[-1], *nothing)
     aligned = all(s.data_ptr() % 16 == 0 for _, s, _, _ in jobs)
-    with on_device(some):
-        table, layers = layer_table(facts, absent, some.device)
-        counts = table.new_zeros((len(jobs), key_bytes, _BINS.value))
-        found = table.new_empty((len(jobs), key_bytes + 1, 2))
-        equals = table.new_zeros(first_words[-1] + 1)
-        scores = (table, tl_dtype(some.dtype), layers, key_bytes, absolute)
-        if warm is not None:
-            warm.split(table, layers, absolute)
-        for byte in range(key_bytes):
-            _count_kernel[(first_count[-1],)](
-                *scores, counts, found, nan_flag(some.device), byte, aligned, _CHUNK
-            )
-        _count_equals_kernel[(first_words[-1],)](*scores, counts, found, equals, WORDS)
-        _select_topk_kernel[(first_words[-1],)](*scores, found, equals.cumsum(0), WORDS)
-        if warm is not None:
-            warm.finish(table, found, layers, key_bytes)
+    table, layers = layer_table(facts, absent, some.device)
+    counts = table.new_zeros((len(jobs), key_bytes, _BINS.value))
+    found = table.new_empty((len(jobs), key_bytes + 1, 2))
+    equals = table.new_zeros(first_words[-1] + 1)
+    scores = (table, tl_dtype(some.dtype), layers, key_bytes, absolute)
+    narrow = max(w.numel() for _, _, w, _ in jobs) < 2**26 - WORDS  # 32 scores each
+    way = (all(is_flat(s) for _, s, _, _ in jobs), tl.int32 if narrow else tl.int64)
+    if warm is not None:
+        warm.split(table, layers, absolute, *way)
+    for byte in range(key_bytes):
+        _count_kernel[(first_count[-1],)](
+            *scores, counts, found, nan_flag(some.device), byte, aligned, _CHUNK
+        )
+    _count_equals_kernel[(first_words[-1],)](*scores, counts, found, equals, *way, WORDS)
+    _select_topk_kernel[(first_words[-1],)](*scores, found, equals.cumsum(0), *way, WORDS)
+    if warm is not None:
+        warm.finish(table, found, layers, key_bytes)
 
 
 @triton.jit
@@ -179,7 +194,7 @@ def _count_kernel(
         ok = index < total
         score = tl.load(scores + index, mask=ok, other=0.0).to(tl.float32)
         if BYTE == 0:
-            flag_nan(flag, score, named + index, ok)
+            flag_nan(flag, named + index, ok & (score != score))
         key = sort_keys(score, ABSOLUTE)
         if BYTE > 0:
             ok &= (key >> (32 - 8 * BYTE)) == known.to(tl.uint32)
@@ -198,10 +213,12 @@ def _load_keys(
     LAYERS: tl.constexpr,
     KEY_BYTES: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    FLAT: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Keys [BLOCK, 32] of a block of words, in flat order, and whether there is such a score."""
-    score, ok, _index = load_scores(table, layer, block, SCORE, LAYERS, BLOCK)
+    score, ok, _index = load_scores(table, layer, block, SCORE, LAYERS, FLAT, INDEX, BLOCK)
     return sort_keys(score, ABSOLUTE) >> (32 - 8 * KEY_BYTES), ok
 
 
@@ -215,6 +232,8 @@ def _count_equals_kernel(
     counts,
     found,
     equals,
+    FLAT: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """For each block the scores equal to K, where some of these must go."""
@@ -222,7 +241,9 @@ def _count_equals_kernel(
     kth, left = _found_before(table, counts, found, layer, KEY_BYTES, LAYERS, KEY_BYTES)
     _keep(found, layer, block == 0, kth, left, KEY_BYTES, KEY_BYTES)
     if left > 0:
-        key, ok = _load_keys(table, layer, block, SCORE, LAYERS, KEY_BYTES, ABSOLUTE, BLOCK)
+        key, ok = _load_keys(
+            table, layer, block, SCORE, LAYERS, KEY_BYTES, ABSOLUTE, FLAT, INDEX, BLOCK
+        )
         equal = (ok & (key == kth.to(tl.uint32))).to(tl.int32).reshape(BLOCK * 32)
         tl.store(equals + 1 + tl.program_id(0), tl.sum(equal, axis=0).to(tl.int64))
 
@@ -236,6 +257,8 @@ def _select_topk_kernel(
     ABSOLUTE: tl.constexpr,
     found,
     before,
+    FLAT: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     layer, block = layer_of_program(table, FIRST_WORDS, LAYERS)
@@ -243,10 +266,14 @@ def _select_topk_kernel(
     kth, left = tl.load(at).to(tl.uint32), tl.load(at + 1)
     count = words_of_layer(table, layer, LAYERS)
     if block * BLOCK < count:  # else these scores were not put aside
-        key, ok = _load_keys(table, layer, block, SCORE, LAYERS, KEY_BYTES, ABSOLUTE, BLOCK)
-        first = tl.load(before + tl.program_id(0) - block)
-        earlier = tl.load(before + tl.program_id(0)) - first
-        rank = earlier + ranks((ok & (key == kth)).to(tl.int32))
-        goes = (key < kth) | ((key == kth) & (rank < left))
+        key, ok = _load_keys(
+            table, layer, block, SCORE, LAYERS, KEY_BYTES, ABSOLUTE, FLAT, INDEX, BLOCK
+        )
+        goes = key < kth
+        if left > 0:
+            first = tl.load(before + tl.program_id(0) - block)
+            earlier = tl.load(before + tl.program_id(0)) - first
+            rank = earlier + ranks((ok & (key == kth)).to(tl.int32))
+            goes = goes | ((key == kth) & (rank < left))
         words = fact(table, OUT, layer, LAYERS).to(tl.pointer_type(tl.int32))
         store_words(words, block, ok & ~goes, count, BLOCK)

@@ -97,11 +97,13 @@ class WarmStart:
     grid: tuple[int]
     memory: tuple[Tensor, ...]  # that the facts have the addresses of
 
-    def split(self, table: Tensor, layers: int, absolute: bool) -> None:
+    def split(
+        self, table: Tensor, layers: int, absolute: bool, flat: bool, index: tl.dtype
+    ) -> None:
         """Go over the scores, and point the table at those put aside where that is enough."""
         score, flag = tl_dtype(self.aside.dtype), nan_flag(table.device)
         _recall_kernel[(1,)](table, self.hints, layers)
-        _split_kernel[self.grid](table, score, layers, absolute, flag, WORDS)
+        _split_kernel[self.grid](table, score, layers, absolute, flag, flat, index, WORDS)
         _settle_kernel[(1,)](table, layers)
 
     def finish(self, table: Tensor, found: Tensor, layers: int, key_bytes: int) -> None:
@@ -152,6 +154,8 @@ def _split_kernel(
     LAYERS: tl.constexpr,
     ABSOLUTE: tl.constexpr,
     flag,
+    FLAT: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     layer, part = layer_of_program(table, FIRST_COUNT, LAYERS)
@@ -172,9 +176,11 @@ def _split_kernel(
         taken = tl.zeros((), tl.int32)
         begin = part * span
         for first in range(begin, tl.minimum(begin + span, count), BLOCK):
-            score, ok, index = load_scores(table, layer, first // BLOCK, SCORE, LAYERS, BLOCK)
+            score, ok, index = load_scores(
+                table, layer, first // BLOCK, SCORE, LAYERS, FLAT, INDEX, BLOCK
+            )
             value = score.to(tl.float32)
-            flag_nan(flag, value, named + index, ok)
+            flag_nan(flag, named + index, ok & (value != value))
             key = sort_keys(value, ABSOLUTE)
             store_words(words, first // BLOCK, ok & (key > hi), count, BLOCK)
             below += (ok & (key < lo)).to(tl.int32)

@@ -145,12 +145,12 @@ def _depthwise(kernel: int) -> _Case:
     image = image.contiguous(memory_format=torch.channels_last)
     words, values = torch.zeros(channels, 2, dtype=torch.int32), image.new_zeros(channels)
     geometry = ([kernel, kernel], [1, 1], [kernel // 2, kernel // 2], [1, 1], channels)
-    tile = config.strips_tile(channels, size, (kernel, kernel), True)
+    tile = config.strips_tile(channels, (size, size), (kernel, kernel), True, True)
 
     def call() -> object:
         return backend.masked_conv2d(image, values, words, None, None, *geometry)
 
-    products = tile.rows * tile.strips * tile.strip * kernel
+    products = tile.rows * tile.strips * tile.strip * tile.down * kernel
     label = f"depthwise {kernel} x {kernel}, bfloat16"
     return _Case(label, call, "_depthwise_conv2d_kernel", lambda _: products)
 

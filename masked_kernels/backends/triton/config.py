@@ -251,7 +251,7 @@ def grad_tile(rows: int, dtype: torch.dtype) -> GradTile:
 @dataclass(frozen=True)
 class StripsTile:
     """Rows of the weight, strips, and output pixels of a strip of one program: ``strip`` side by
-    side in each of ``down`` rows. With more than one row all products of a strip are unrolled.
+    side in each of ``down`` rows, at most one more than the kernel has.
     """
 
     rows: int
@@ -261,19 +261,25 @@ class StripsTile:
     warps: int = 4
 
 
-def strips_tile(rows: int, width: int, kernel: tuple[int, int], channels_last: bool) -> StripsTile:
-    """For images ``width`` wide. Side by side lie channels or pixels; the strips of a program are
-    loaded at once, the pixels of a strip one after the other.
+def strips_tile(
+    rows: int, size: tuple[int, int], kernel: tuple[int, int], channels_last: bool, adjacent: bool
+) -> StripsTile:
+    """For images of some height and width. Side by side lie channels or pixels; the strips of a
+    program are loaded at once, the pixels of a strip one after the other. Two rows of output share
+    the input that they read if the rows of a window and the windows themselves are *adjacent*.
     """
     if not channels_last:
         return StripsTile(rows=16, strips=128, strip=1)
     lanes = 64 if rows >= 64 else 16
-    return StripsTile(rows=lanes, strips=512 // lanes, strip=_strip(width))
+    down = 2 if adjacent and min(size[0], kernel[0]) > 1 else 1
+    return StripsTile(lanes, 512 // lanes, _strip(size[1]), down)
 
 
 def _strip(width: int) -> int:
     """Pixels of a strip: 8, or 4 where half of the last 8 would lie past the end of a row."""
-    return 1 if width < 3 else 4 if 1 <= width % 8 <= 4 else 8
+    if width < 3:
+        return 1
+    return 4 if 1 <= width % 8 <= 4 else 8
 
 
 @dataclass(frozen=True)
@@ -293,17 +299,18 @@ class StripsGradTile:
 
 
 def depthwise_grad_tile(
-    rows: int, width: int, kernel: tuple[int, int], channels_last: bool
+    rows: int, size: tuple[int, int], kernel: tuple[int, int], channels_last: bool
 ) -> StripsGradTile:
-    """For images ``width`` wide. Two values of each tile are in a thread, so that up to 36
-    positions leave room for the pixels.
+    """For gradients of some height and width. A thread holds two values of each tile, so that up to
+    36 positions leave room for the pixels.
     """
-    kernel_rows = -(-kernel[0] // -(-kernel[0] // max(1, 36 // kernel[1])))
+    blocks = -(-kernel[0] // max(1, 36 // kernel[1]))
+    kernel_rows = -(-kernel[0] // blocks)
     if not channels_last:
         return StripsGradTile(rows=2, strips=128, strip=1, down=1, kernel_rows=kernel_rows)
     lanes = 64 if rows >= 64 else 16
-    strip, down = _strip(width), 2 if kernel[1] <= 9 else 1
-    return StripsGradTile(lanes, 256 // lanes, strip, down, kernel_rows)
+    down = 2 if size[0] > 1 and kernel[1] <= 9 else 1
+    return StripsGradTile(lanes, 256 // lanes, _strip(size[1]), down, kernel_rows)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
+from . import config, interpreted
 from ._conv import Geometry, image_at, pixel_of, window, window_back
 from ._helpers import load_weight, on_device, programs, row_starts, weight_arguments
 from .epilogue import WeightGrad
@@ -66,7 +66,8 @@ def _convolve(
 ) -> None:
     rows = words.shape[0]
     height, width = geometry.out_size
-    tile = config.strips_tile(rows, width, geometry.kernel, x.stride(1) == 1)
+    adjacent = geometry.stride[0] == geometry.dilation[0] == 1
+    tile = config.strips_tile(rows, (height, width), geometry.kernel, x.stride(1) == 1, adjacent)
     strips = geometry.batch * triton.cdiv(height, tile.down) * triton.cdiv(width, tile.strip)
     grid = (triton.cdiv(strips, tile.strips) * triton.cdiv(rows, tile.rows),)
     with on_device(x):
@@ -83,12 +84,13 @@ def _convolve(
             y.stride(),
             output.activation,
             *geometry.kernel,
-            *geometry.stride,
+            geometry.stride[1],
             *geometry.dilation,
             tile.down,
             tile.strip,
             tile.strips,
             tile.rows,
+            _widens_in_assembly(x),
             num_warps=tile.warps,
         )
 
@@ -110,6 +112,10 @@ def _filters(values: Tensor, words: Tensor, cols: int, block: int, turned: bool 
         max(32, triton.next_power_of_2(cols)),
     )
     return filters
+
+
+def _widens_in_assembly(image: Tensor) -> bool:
+    return image.dtype == torch.bfloat16 and not interpreted() and torch.version.hip is None
 
 
 def _gather_grad_x(
@@ -145,7 +151,9 @@ def _gather_grad_x(
 def fill_depthwise_grad(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry: Geometry) -> None:
     """Fill the gradient of the filters."""
     height, width = geometry.out_size
-    tile = config.depthwise_grad_tile(target.rows, width, geometry.kernel, x.stride(1) == 1)
+    tile = config.depthwise_grad_tile(
+        target.rows, (height, width), geometry.kernel, x.stride(1) == 1
+    )
     strips = geometry.batch * triton.cdiv(height, tile.down) * triton.cdiv(width, tile.strip)
     blocks = triton.cdiv(target.rows, tile.rows)
     kernel_blocks = triton.cdiv(geometry.kernel[0], tile.kernel_rows)
@@ -172,6 +180,7 @@ def fill_depthwise_grad(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry:
             tile.strip,
             tile.strips,
             tile.rows,
+            _widens_in_assembly(x),
             num_warps=tile.warps,
         )
         target.add_parts(sums)
@@ -219,7 +228,24 @@ def _beside(pixel, strides, DOWN, RIGHT):
 
 
 @triton.jit
-def _load_pixels(pixel, strides, col, width, ok, DOWN, COUNT: tl.constexpr):
+def _widened(tile, ASM: tl.constexpr):
+    """float32 of a tile. In assembly, two of bfloat16 at a time: the compiler would unpack both
+    before it shifts them.
+    """
+    if ASM:
+        tile = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;",
+            "=&r,=r,r",
+            [tile.to(tl.int16, bitcast=True)],
+            tl.int32,
+            True,
+            2,
+        ).to(tl.float32, bitcast=True)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def _load_pixels(pixel, strides, col, width, ok, DOWN, COUNT: tl.constexpr, ASM: tl.constexpr):
     """float32 tiles of COUNT pixels side by side from column ``col`` of a row on, which lies DOWN
     rows below; zeros outside of the image.
     """
@@ -227,7 +253,7 @@ def _load_pixels(pixel, strides, col, width, ok, DOWN, COUNT: tl.constexpr):
     for c in tl.static_range(COUNT):
         inside = ok & _below(col + c, width)[:, None]
         tile = tl.load(_beside(pixel, strides, DOWN, c), mask=inside, other=0.0)
-        tiles += (tile.to(tl.float32),)
+        tiles += (_widened(tile, ASM),)
     return tiles
 
 
@@ -298,7 +324,6 @@ def _depthwise_conv2d_kernel(
     ACTIVATION: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
-    STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
@@ -306,6 +331,7 @@ def _depthwise_conv2d_kernel(
     STRIP: tl.constexpr,
     STRIPS: tl.constexpr,
     ROWS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = (STRIP - 1) * STRIDE_W + (KW - 1) * DILATION_W + 1
     across = tl.cdiv(rows, ROWS)
@@ -318,22 +344,27 @@ def _depthwise_conv2d_kernel(
     pixel = x + image_at(stride_x, image, top, left, row // rows_per_channel)
     filters += (tl.program_id(0) % across).to(tl.int64) * (KH * KW * ROWS) + tl.arange(0, ROWS)
     sums = _zeros(DOWN * STRIP, STRIPS, ROWS)
-    if DOWN == 1:
-        for r in range(KH):
-            down = r * DILATION_H
-            inside = ok & _below(top + down, geometry[0])[:, None]
-            tiles = _load_pixels(pixel, stride_x, left, geometry[1], inside, down, COLUMNS)
-            w = _load_filters(filters, r, KW)
-            sums = _add_products(sums, tiles, w, 0, STRIP, STRIDE_W, DILATION_W)
-    else:
-        for down in tl.static_range((DOWN - 1) * STRIDE_H + (KH - 1) * DILATION_H + 1):
-            inside = ok & _below(top + down, geometry[0])[:, None]
-            tiles = _load_pixels(pixel, stride_x, left, geometry[1], inside, down, COLUMNS)
-            for i in tl.static_range(DOWN):
-                for r in tl.static_range(KH):
-                    if i * STRIDE_H + r * DILATION_H == down:
-                        w = _load_filters(filters, r, KW)
-                        sums = _add_products(sums, tiles, w, i, STRIP, STRIDE_W, DILATION_W)
+    # Between input rows that only some output rows read lie those that all of them read.
+    for above in tl.static_range(DOWN - 1):
+        inside = ok & _below(top + above, geometry[0])[:, None]
+        tiles = _load_pixels(pixel, stride_x, left, geometry[1], inside, above, COLUMNS, ASM)
+        for i in tl.static_range(above + 1):
+            w = _load_filters(filters, above - i, KW)
+            sums = _add_products(sums, tiles, w, i, STRIP, STRIDE_W, DILATION_W)
+    for r in range(DOWN - 1, KH):
+        inside = ok & _below(top + r * DILATION_H, geometry[0])[:, None]
+        tiles = _load_pixels(
+            pixel, stride_x, left, geometry[1], inside, r * DILATION_H, COLUMNS, ASM
+        )
+        for i in tl.static_range(DOWN):
+            w = _load_filters(filters, r - i, KW)
+            sums = _add_products(sums, tiles, w, i, STRIP, STRIDE_W, DILATION_W)
+    for below in tl.static_range(KH, KH + DOWN - 1):
+        inside = ok & _below(top + below, geometry[0])[:, None]
+        tiles = _load_pixels(pixel, stride_x, left, geometry[1], inside, below, COLUMNS, ASM)
+        for i in tl.static_range(below - KH + 1, DOWN):
+            w = _load_filters(filters, below - i, KW)
+            sums = _add_products(sums, tiles, w, i, STRIP, STRIDE_W, DILATION_W)
     there = ()
     for n in tl.static_range(DOWN * STRIP):
         inside = (out_row + n // STRIP < geometry[2]) & (out_col + n % STRIP < geometry[3])
@@ -424,6 +455,7 @@ def _depthwise_conv2d_grad_weight_kernel(
     STRIP: tl.constexpr,
     STRIPS: tl.constexpr,
     ROWS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """The gradient of some rows at KERNEL_ROWS rows of the kernel, summed over a part of the
     strips.
@@ -446,10 +478,10 @@ def _depthwise_conv2d_grad_weight_kernel(
         grads = ()
         for i in tl.static_range(DOWN):
             inside = ok & (out_row + i < geometry[2])[:, None]
-            grads += _load_pixels(grad_pixel, stride_y, out_col, geometry[3], inside, i, STRIP)
+            grads += _load_pixels(grad_pixel, stride_y, out_col, geometry[3], inside, i, STRIP, ASM)
         for down in tl.static_range((DOWN - 1) * STRIDE_H + (KERNEL_ROWS - 1) * DILATION_H + 1):
             inside = ok & _below(top + down, geometry[0])[:, None]
-            tiles = _load_pixels(pixel, stride_x, left, geometry[1], inside, down, COLUMNS)
+            tiles = _load_pixels(pixel, stride_x, left, geometry[1], inside, down, COLUMNS, ASM)
             for i in tl.static_range(DOWN):
                 for r in tl.static_range(KERNEL_ROWS):
                     if i * STRIDE_H + r * DILATION_H == down:

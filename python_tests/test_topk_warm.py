@@ -22,6 +22,7 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch):
     """Few scores fill several programs, blocks and rooms, and find no hints of other tests."""
     monkeypatch.setattr(config, "is_small", lambda numel: False)
     monkeypatch.setattr(config, "warm_start_pays", lambda total: True)
+    monkeypatch.setattr(config, "topk_sample", lambda: 0)
     monkeypatch.setattr(topk, "_CHUNK", 1024)
     for module in (topk, topk_warm):
         monkeypatch.setattr(module, "WORDS", 16)
@@ -72,6 +73,27 @@ def test_ties_at_the_threshold(absolute: bool, backend: str, hits: list[bool]) -
     for drop in (1540, 1540, 1570, 1570):
         check(scores, drop, absolute, backend)
     assert hits == [False, True, False, True]
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_start_from_a_sample(
+    absolute: bool, backend: str, hits: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which misleads where half of the scores are equal, and serves each layer by itself."""
+    monkeypatch.setattr(config, "topk_sample", lambda: 8192)
+    monkeypatch.setattr(topk, "_CHUNK", 4096)
+    for module in (topk, topk_warm):
+        monkeypatch.setattr(module, "WORDS", 128)
+    scores = torch.randn(24, 1300)
+    check(scores, 15600, absolute, backend)
+    check(torch.where(scores < 0, scores, 0.5), 18000, absolute, backend)
+    both = [scores.half(), 100 * scores[:16].half()]
+    got, expected = (
+        _ops.select_topk_many(both, [15600, 7000], absolute, name)
+        for name in (backend, "reference")
+    )
+    assert all(map(torch.equal, got, expected))
+    assert hits == [True, False, True, True]
 
 
 def test_forgetting(backend: str, hits: list[bool]) -> None:

@@ -117,6 +117,11 @@ def warm_start_pays(total: int) -> bool:
     return total >= 1 << 22
 
 
+def topk_sample() -> int:
+    """How many scores stand for all where there is no last threshold; 0 for no such start."""
+    return 8192
+
+
 def linear_plan(
     tokens: int,
     rows: int,

@@ -22,7 +22,7 @@ from .select import NAN_LAYER, flag_nan, nan_flag, sort_keys, store_words
 _AT_ONCE = 16  # layers of one launch
 _BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 19}  # of a key that may be set
 _DEVIATIONS = tl.constexpr(4)  # of a rank in the sample, to either side
-_BOUND_BITS = 20  # of the bounds that are worked out
+BOUND_BITS = tl.constexpr(20)  # of the bounds that are worked out
 
 _NONE = tl.constexpr(2**31 - 1)
 
@@ -61,7 +61,7 @@ def _launch(jobs: Sequence[tuple[int, Tensor, Tensor, int]], absolute: bool) -> 
         tl_dtype(scores[0].dtype),
         absolute,
         bits,
-        max(bits - _BOUND_BITS, 0),
+        max(bits - BOUND_BITS.value, 0),
         all(map(is_flat, scores)),
         tile.scores,
         num_warps=tile.warps,
@@ -161,7 +161,7 @@ def _search_many(
     BLOCK: tl.constexpr,
 ):
     """K of more keys than registers hold, and how many are below it."""
-    low, high = _bounds(scores, numel, drop, ABSOLUTE, BITS, BOUND_LAST, BLOCK)
+    low, high = sampled_bounds(scores, numel, drop, ABSOLUTE, BITS, BOUND_LAST, BLOCK)
     lower = tl.zeros((BLOCK,), tl.int32)
     inside = tl.zeros((BLOCK,), tl.int32)
     nan = tl.full((BLOCK,), _NONE, tl.int32)
@@ -192,7 +192,7 @@ def _search_many(
 
 
 @triton.jit
-def _bounds(
+def sampled_bounds(
     scores,
     numel,
     drop,
@@ -201,10 +201,10 @@ def _bounds(
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Keys between which K is by a sample that has one score of every stratum."""
+    """Keys between which K is likely to be, by a sample that has one score of every stratum."""
     sample = tl.arange(0, BLOCK)
     spread = ((sample * 40503) & 0xFFFF) * (numel // BLOCK) >> 16  # no stride that columns share
-    index = (sample.to(tl.int64) * numel // BLOCK).to(tl.int32) + spread
+    index = sample.to(tl.int64) * numel // BLOCK + spread
     key, _score, _ok = _load_keys(scores, index, index < numel, ABSOLUTE, BITS)
     share = drop.to(tl.float32) / numel
     deviation = tl.sqrt(share * (1 - share) * BLOCK)

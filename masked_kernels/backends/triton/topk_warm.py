@@ -8,6 +8,8 @@ of layers is rewritten so that the search of ``topk.py`` goes over what was put 
 that it finds are added to the mask last. Else the search goes over the scores as if nothing had
 been done.
 
+Where there is no last threshold the band is between two ranks of a sample.
+
 The last threshold comes from a table of hints, one a device, made with the first use and kept. A
 tensor's slot is a hash of where its scores lie and of how many go. Two tensors of one slot, or
 other scores at the same address, cost a pass over the scores and never a bit of the result; so
@@ -24,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from . import config
 from ._helpers import WORDS, tl_dtype
 from .layers import (
     COLS,
@@ -41,6 +44,7 @@ from .layers import (
     words_of_layer,
 )
 from .select import NAN_LAYER, flag_nan, nan_flag, sort_keys, store_words
+from .topk_small import BOUND_BITS, sampled_bounds
 
 _SLOTS = 1 << 12
 _ROOM = tl.constexpr(2)  # scores that may be put aside for each word of 32
@@ -54,10 +58,11 @@ _ASIDE = tl.constexpr(FIELDS + 3)  # address of these
 _PLACES = tl.constexpr(FIELDS + 4)  # address of their bits, counted from the span's first
 _KEPT = tl.constexpr(FIELDS + 5)  # address of the words that say which of them are kept
 _WORDS = tl.constexpr(FIELDS + 6)  # address of the words of the mask
-_HINT = tl.constexpr(FIELDS + 7)  # the last key
-_BELOW = tl.constexpr(FIELDS + 8)  # scores below the band
-_INSIDE = tl.constexpr(FIELDS + 9)  # scores in the band
-_FULL = tl.constexpr(FIELDS + 10)  # rooms that were too small
+_LOW = tl.constexpr(FIELDS + 7)  # lowest key of the band
+_HIGH = tl.constexpr(FIELDS + 8)  # its highest key, 0 if there is no band
+_BELOW = tl.constexpr(FIELDS + 9)  # scores below the band
+_INSIDE = tl.constexpr(FIELDS + 10)  # scores in the band
+_FULL = tl.constexpr(FIELDS + 11)  # rooms that were too small
 
 _hints: dict[torch.device, Tensor] = {}
 
@@ -102,7 +107,9 @@ class WarmStart:
     ) -> None:
         """Go over the scores, and point the table at those put aside where that is enough."""
         score, flag = tl_dtype(self.aside.dtype), nan_flag(table.device)
-        _recall_kernel[(1,)](table, self.hints, layers)
+        _band_kernel[(len(self.facts),)](
+            table, self.hints, score, layers, absolute, config.topk_sample(), num_warps=16
+        )
         _split_kernel[self.grid](table, score, layers, absolute, flag, flat, index, WORDS)
         _settle_kernel[(1,)](table, layers)
 
@@ -132,7 +139,7 @@ def warm_start(
             *(slot(scores, drop, absolute), span, room),
             *(aside.data_ptr() + at * aside.itemsize, places.data_ptr() + at * 4),
             *(kept.data_ptr() + at // 8, words.data_ptr()),
-            *(0, 0, 0, 0),
+            *(0, 0, 0, 0, 0),
         )
         for (scores, words, drop), span, room, at in zip(jobs, spans, rooms, first, strict=False)
     ]
@@ -140,11 +147,32 @@ def warm_start(
 
 
 @triton.jit
-def _recall_kernel(table, hints, LAYERS: tl.constexpr):
-    """Once for all programs, as another stream may write the hints meanwhile."""
-    layer = tl.arange(0, LAYERS)
+def _band_kernel(
+    table,
+    hints,
+    SCORE: tl.constexpr,
+    LAYERS: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    SAMPLE: tl.constexpr,
+):
+    """Once for all programs of a layer, as another stream may write the hints meanwhile."""
+    layer = tl.program_id(0)
+    # Scores that fill a room up have the lowest key of all; no score in the band may.
+    lowest = 0 if ABSOLUTE else 0x7FFFFF
     hint = tl.load(hints + fact(table, _SLOT, layer, LAYERS))
-    tl.store(table + _HINT * LAYERS + layer, hint)
+    low = tl.maximum(hint - _REACH, lowest + 1)
+    high = tl.where(hint > 0, tl.minimum(hint + _REACH, 0xFFFFFFFF), 0)
+    if SAMPLE > 0:  # noqa: SIM102  the one is decided when this is compiled
+        if hint == 0:
+            scores = fact(table, SCORES, layer, LAYERS).to(tl.pointer_type(SCORE))
+            numel, drop = fact(table, NUMEL, layer, LAYERS), fact(table, DROP, layer, LAYERS)
+            from_key, to_key = sampled_bounds(
+                scores, numel, drop, ABSOLUTE, 32, 32 - BOUND_BITS, SAMPLE
+            )
+            low = tl.maximum(from_key.to(tl.int64), lowest + 1)
+            high = to_key.to(tl.int64)
+    tl.store(table + _LOW * LAYERS + layer, low)
+    tl.store(table + _HIGH * LAYERS + layer, high)
 
 
 @triton.jit
@@ -159,12 +187,9 @@ def _split_kernel(
     BLOCK: tl.constexpr,
 ):
     layer, part = layer_of_program(table, FIRST_COUNT, LAYERS)
-    hint = fact(table, _HINT, layer, LAYERS)
-    if hint > 0:
-        # Scores that fill a room up have the lowest key of all; no score in the band may.
-        lowest = 0 if ABSOLUTE else 0x7FFFFF
-        lo = tl.maximum(hint - _REACH, lowest + 1).to(tl.uint32)
-        hi = tl.minimum(hint + _REACH, 0xFFFFFFFF).to(tl.uint32)
+    lo = fact(table, _LOW, layer, LAYERS).to(tl.uint32)
+    hi = fact(table, _HIGH, layer, LAYERS).to(tl.uint32)
+    if hi > 0:
         named = fact(table, LAYER, layer, LAYERS) * NAN_LAYER
         words = fact(table, OUT, layer, LAYERS).to(tl.pointer_type(tl.int32))
         count = words_of_layer(table, layer, LAYERS)

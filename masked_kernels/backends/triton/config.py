@@ -11,8 +11,11 @@ import torch
 GRAD_COLS = 64
 """Columns of the tiles of every weight-shaped gradient."""
 
-PARTS_ROWS = 16
+PARTS_ROWS = 4
 """Rows of the tiles in which parts are added."""
+
+PARTS = 8
+"""Parts that are loaded at once, as the next ones wait for them."""
 
 
 @dataclass(frozen=True)

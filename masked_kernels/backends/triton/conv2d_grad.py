@@ -17,7 +17,7 @@ from ._conv import (
     window,
 )
 from ._helpers import dot_dtype, dot_precision, on_device, split
-from .depthwise import fill_depthwise_grad
+from .depthwise_grad import fill_depthwise_grad
 from .epilogue import WeightGrad, masked_grad, scored_grad, store_grad
 from .settings import settings_of
 

@@ -1,5 +1,5 @@
-"""``python -m bench.gpu_page``: Markdown of what ``bench.gpu_report`` measured, all of it or a short
-form for the README.
+"""``python -m bench.gpu_page``: Markdown of what ``bench.gpu_report`` measured, all of it or a
+short form for the README.
 """
 
 import argparse

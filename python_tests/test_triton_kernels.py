@@ -125,6 +125,28 @@ def test_depthwise_strips(channels: int, dilation: int, stride: int, backend: st
 
 
 @triton_only
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Conv(1, 65, (5, 11), 65, (3, 3), padding=1, groups=65),
+        Conv(1, 3, (6, 7), 3, (3, 3), padding=(4, 3), groups=3),
+        Conv(1, 3, (1, 12), 3, (1, 3), padding=1, groups=3),
+        Conv(2, 3, (9, 12), 6, (2, 3), stride=(3, 2), padding=1, dilation=2, groups=3),
+        Conv(1, 3, (9, 9), 3, (4, 11), padding="same", groups=3),
+    ],
+    ids=str,
+)
+def test_depthwise_gradients(case: Conv, memory_format, backend: str, monkeypatch) -> None:
+    """In parts, the kernel's rows too; padding that reaches past the kernel, which turned filters
+    have to crop.
+    """
+    monkeypatch.setattr(config, "parts", lambda *_, **__: 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        compare_conv2d(case, dtype, backend, memory_format)
+
+
+@triton_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", ["tiles", "library"])
 def test_compact_linear(plan: str, dtype: torch.dtype, backend: str, monkeypatch) -> None:
@@ -187,13 +209,20 @@ def compare_linear(case: Linear, dtype: torch.dtype, backend: str) -> None:
     compare(run, *(t.to(dtype) for t in inputs), torch.randn(case.n, case.k), backend)
 
 
-def compare_conv2d(case: Conv, dtype: torch.dtype, backend: str) -> None:
+def compare_conv2d(
+    case: Conv,
+    dtype: torch.dtype,
+    backend: str,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> None:
     def run(backend: str, x, weight, scores, grad_y):
+        x = x.contiguous(memory_format=memory_format)
         x, scores = x.clone().requires_grad_(), scores.clone().requires_grad_()
         y = mk.scored_conv2d(
             x, mk.Prototype(weight), scores, mk.TopK(0.5), **case.geometry, backend=backend
         )
-        return y.detach(), *torch.autograd.grad(y, (x, scores), grad_y[: y.numel()].view(y.shape))
+        grad_y = grad_y[: y.numel()].view(y.shape).contiguous(memory_format=memory_format)
+        return y.detach(), *torch.autograd.grad(y, (x, scores), grad_y)
 
     inputs = (torch.randn(case.batch, case.channels, *case.size), torch.randn(7), torch.randn(4096))
     compare(run, *(t.to(dtype) for t in inputs), torch.randn(case.weight_shape), backend)

@@ -23,7 +23,9 @@ WORDS = 512 if interpreted() else 64
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[object]:
     """Kernels launch on the current device, which may be another than that of the tensors."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    if not t.is_cuda or t.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(t.device)
 
 
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -56,7 +58,7 @@ def wrapped(values: Tensor, count: int, block: int) -> tuple[Tensor, int | None]
     period = flat.numel()
     if period == 0 or period >= count:
         return flat, None
-    times = triton.cdiv(block, period)
+    times = config.cdiv(block, period)
     return flat if times == 1 else flat.repeat(times), times * period
 
 
@@ -91,9 +93,9 @@ def split(t: Tensor, tiles: int, total: int, step: int, least: int = 4) -> Split
     """How to cut sums of ``total`` terms, one for each of some tiles, for the device of ``t``: into
     parts of whole steps, at least ``least``.
     """
-    steps = triton.cdiv(total, step)
+    steps = config.cdiv(total, step)
     parts = config.parts(tiles, steps, programs(t), least)
-    return Split(parts, triton.cdiv(steps, parts) * step)
+    return Split(parts, config.cdiv(steps, parts) * step)
 
 
 @triton.jit

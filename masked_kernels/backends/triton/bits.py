@@ -29,7 +29,7 @@ def pack(mask: Tensor) -> Tensor:
     words = mask.new_empty((rows, words_per_row(cols)), dtype=torch.int32)
     if words.numel():
         with on_device(mask):
-            _pack_kernel[(triton.cdiv(words.numel(), WORDS),)](
+            _pack_kernel[(config.cdiv(words.numel(), WORDS),)](
                 mask.view(torch.uint8), words, rows, cols, words.shape[1], *mask.stride(), WORDS
             )
     return words
@@ -41,7 +41,7 @@ def unpack(words: Tensor, cols: int) -> Tensor:
     if mask.numel():
         words = words.contiguous()
         with on_device(words):
-            _unpack_kernel[(triton.cdiv(rows, _ROWS) * triton.cdiv(cols, _COLS),)](
+            _unpack_kernel[(config.cdiv(rows, _ROWS) * config.cdiv(cols, _COLS),)](
                 words, mask.view(torch.uint8), rows, cols, words.shape[1], _ROWS, _COLS
             )
     return mask
@@ -58,7 +58,7 @@ def popcount_of_parts(words: Tensor, parts: int, words_per_part: int) -> Tensor:
     if counts.numel():
         words = words.contiguous()
         with on_device(words):
-            _popcount_kernel[(triton.cdiv(rows, _ROWS), parts)](
+            _popcount_kernel[(config.cdiv(rows, _ROWS), parts)](
                 words, counts, rows, words_per_row, words_per_part, _ROWS, _COLS
             )
     return counts
@@ -83,7 +83,7 @@ def decode(values: Tensor, words: Tensor, cols: int) -> Tensor:
         tile = config.decode_tile(cols)
         aligned = cols % tile.cols == 0 and values.numel() % tile.cols == 0
         with on_device(words):
-            _decode_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols),)](
+            _decode_kernel[(config.cdiv(rows, tile.rows) * config.cdiv(cols, tile.cols),)](
                 weight_arguments(values, words, cols, tile.cols), weight, rows, aligned, *tile
             )
     return weight

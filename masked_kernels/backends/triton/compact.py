@@ -48,7 +48,7 @@ def multiplied(
         weight = _expanded(kept, words, cols)
         return F.linear(x, weight if scale is None else weight.mul_(scale), bias)
     tile = config.linear_tile(tokens, rows, x.dtype, settings_of(x))
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens)
+    tiles = config.cdiv(rows, tile.rows) * config.cdiv(tokens, tile.tokens)
     parts, length = split(x, tiles, cols, tile.depth)
     sums = y if parts == 1 else y.new_empty((parts, tokens, rows), dtype=torch.float32)
     with on_device(x):
@@ -101,9 +101,9 @@ def _expanded(kept: Tensor, words: Tensor, cols: int) -> Tensor:
     """The weight ``[rows, cols]``, 0 where it is masked."""
     rows, words_per_row = words.shape
     weight = kept.new_empty((rows, cols))
-    parts = triton.cdiv(words_per_row, _WORDS)
+    parts = config.cdiv(words_per_row, _WORDS)
     with on_device(words):
-        _expand_kernel[(triton.cdiv(rows, _ROWS), parts)](
+        _expand_kernel[(config.cdiv(rows, _ROWS), parts)](
             (kept, words, _starts(words, parts, _WORDS), cols, words_per_row),
             weight,
             rows,

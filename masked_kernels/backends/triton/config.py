@@ -11,8 +11,20 @@ import torch
 GRAD_COLS = 64
 """Columns of the tiles of every weight-shaped gradient."""
 
-PARTS_ROWS = 16
+PARTS_ROWS = 4
 """Rows of the tiles in which parts are added."""
+
+PARTS = 8
+"""Parts that are loaded at once, as the next ones wait for them."""
+
+
+def cdiv(count: int, size: int) -> int:
+    """How many blocks of a size cover ``count``. Triton's own takes a microsecond on the host."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    return 1 << max(count - 1, 0).bit_length()
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ def parts_of_layer(numel: int, total: int, chunk: int, programs: int) -> int:
     """How many programs count the scores of one layer of a model that has ``total`` of them: its
     share, one at least, and not more than it has chunks.
     """
-    return max(1, min(-(-numel // chunk), programs * numel // total))
+    return max(1, min(cdiv(numel, chunk), programs * numel // total))
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class SmallTopkTile:
 
 def small_topk_tile(numel: int) -> SmallTopkTile:
     """For layers of up to ``numel`` scores each."""
-    scores = min(max(1 << (numel - 1).bit_length(), 1024), 8192)
+    scores = min(max(next_power_of_2(numel), 1024), 8192)
     return SmallTopkTile(scores=scores, warps=scores // 512)
 
 
@@ -191,7 +203,7 @@ class DecodeTile(NamedTuple):
 
 def decode_tile(cols: int) -> DecodeTile:
     """Of about 4096 weights in few rows, as where a row starts in a prototype takes a division."""
-    width = min(max(1 << (cols - 1).bit_length(), 128), 2048)
+    width = min(max(next_power_of_2(cols), 128), 2048)
     return DecodeTile(4096 // width, width)
 
 
@@ -231,9 +243,13 @@ def planes_tile(slots: int, from_registers: bool = True) -> PlanesTile:
     """
     slots = next(n for n in (8, 16, 32, 64) if slots <= n)
     depth = 64 if slots <= 16 else 32  # what fits into registers and shared memory
-    if from_registers:
-        return PlanesTile(rows=128, slots=slots, depth=depth, warps=4, stages=2)
-    return PlanesTile(rows=64, slots=slots, depth=depth, warps=2, stages=2)
+    if not from_registers:
+        return PlanesTile(rows=64, slots=slots, depth=depth, warps=2, stages=2)
+    if slots == 8:
+        return PlanesTile(rows=128, slots=slots, depth=depth, warps=4, stages=3)
+    if slots == 16:
+        return PlanesTile(rows=64, slots=slots, depth=depth, warps=4, stages=3)
+    return PlanesTile(rows=128, slots=slots, depth=depth, warps=8 if slots == 64 else 4, stages=2)
 
 
 @dataclass(frozen=True)
@@ -309,8 +325,8 @@ def depthwise_grad_tile(
     """For gradients of some height and width. A thread holds two values of each tile, so that up to
     36 positions leave room for the pixels.
     """
-    blocks = -(-kernel[0] // max(1, 36 // kernel[1]))
-    kernel_rows = -(-kernel[0] // blocks)
+    blocks = cdiv(kernel[0], max(1, 36 // kernel[1]))
+    kernel_rows = cdiv(kernel[0], blocks)
     if not channels_last:
         return StripsGradTile(rows=2, strips=128, strip=1, down=1, kernel_rows=kernel_rows)
     lanes = 64 if rows >= 64 else 16

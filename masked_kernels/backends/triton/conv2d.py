@@ -142,7 +142,7 @@ def _convolve_tiles(
 ) -> None:
     group_rows = words.shape[0] // geometry.groups
     tile = config.linear_tile(geometry.out_pixels, group_rows, x.dtype, settings_of(x))
-    tiles = triton.cdiv(group_rows, tile.rows) * triton.cdiv(geometry.out_pixels, tile.tokens)
+    tiles = config.cdiv(group_rows, tile.rows) * config.cdiv(geometry.out_pixels, tile.tokens)
     parts, length = split(x, tiles * geometry.groups, geometry.cols, tile.depth)
     weight = row_weight(values, words, geometry.cols)
     sums = y
@@ -215,7 +215,7 @@ def masked_conv2d_grad_x(
     group_rows = words.shape[0] // groups
     tile = config.linear_tile(geometry.in_pixels, geometry.group_channels, dtype, settings)
     reach = tile.rows * kernel_size[0] * kernel_size[1]
-    tiles = triton.cdiv(geometry.group_channels, tile.rows) * triton.cdiv(
+    tiles = config.cdiv(geometry.group_channels, tile.rows) * config.cdiv(
         geometry.in_pixels, tile.tokens
     )
     with on_device(grad_y):

@@ -17,7 +17,7 @@ from ._conv import (
     window,
 )
 from ._helpers import add_product, dot_dtype, dot_precision, on_device, split
-from .depthwise import fill_depthwise_grad
+from .depthwise_grad import fill_depthwise_grad
 from .epilogue import WeightGrad, masked_grad, scored_grad, store_grad
 from .settings import settings_of
 
@@ -76,7 +76,7 @@ def _fill(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry: Geometry) -> 
         return
     group_rows = target.rows // geometry.groups
     tile = config.grad_tile(group_rows, x.dtype)
-    blocks = triton.cdiv(group_rows, tile.rows) * triton.cdiv(target.cols, config.GRAD_COLS)
+    blocks = config.cdiv(group_rows, tile.rows) * config.cdiv(target.cols, config.GRAD_COLS)
     parts, length = split(x, blocks * geometry.groups, geometry.out_pixels, tile.depth)
     destination = target.destination(parts)
     with on_device(x):

@@ -2,9 +2,8 @@
 
 Masked filters are decoded once, float32 and by the kernel position, where a program that loads them
 needs no bits. The convolution itself works on *strips*: some output pixels side by side, in one row
-or in some rows, a sum each, so that an input pixel is loaded once for all of them. The gradient of
-the filters works on strips too, with a sum for each kernel position. Row n of the weight reads
-channel ``n // rows_per_channel``.
+or in two, a sum each, so that an input pixel is loaded once for all of them. Row n of the weight
+reads channel ``n // rows_per_channel``.
 """
 
 import dataclasses
@@ -14,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config, interpreted
+from . import config
 from ._conv import Geometry, image_at, pixel_of, window, window_back
-from ._helpers import load_weight, on_device, programs, row_starts, weight_arguments
-from .epilogue import WeightGrad
+from ._helpers import load_weight, on_device, row_starts, weight_arguments
+from ._strips import below, beside, load_pixels, strip_of, widens_in_assembly, zeros
 from .output import Output, finished
 
 _FILTERS = 16  # that a program decodes, and a divisor of the rows of every tile
@@ -68,8 +67,8 @@ def _convolve(
     height, width = geometry.out_size
     adjacent = geometry.stride[0] == geometry.dilation[0] == 1
     tile = config.strips_tile(rows, (height, width), geometry.kernel, x.stride(1) == 1, adjacent)
-    strips = geometry.batch * triton.cdiv(height, tile.down) * triton.cdiv(width, tile.strip)
-    grid = (triton.cdiv(strips, tile.strips) * triton.cdiv(rows, tile.rows),)
+    strips = geometry.batch * config.cdiv(height, tile.down) * config.cdiv(width, tile.strip)
+    grid = (config.cdiv(strips, tile.strips) * config.cdiv(rows, tile.rows),)
     with on_device(x):
         _depthwise_conv2d_kernel[grid](
             x,
@@ -90,7 +89,7 @@ def _convolve(
             tile.strip,
             tile.strips,
             tile.rows,
-            _widens_in_assembly(x),
+            widens_in_assembly(x),
             num_warps=tile.warps,
         )
 
@@ -100,7 +99,7 @@ def _filters(values: Tensor, words: Tensor, cols: int, block: int, turned: bool 
     past the last row; turned, its columns in reverse.
     """
     rows = words.shape[0]
-    blocks = triton.cdiv(rows, block)
+    blocks = config.cdiv(rows, block)
     filters = values.new_empty((blocks, cols, block), dtype=torch.float32)
     _filters_kernel[(blocks * block // _FILTERS,)](
         weight_arguments(values, words, cols, cols),
@@ -109,13 +108,9 @@ def _filters(values: Tensor, words: Tensor, cols: int, block: int, turned: bool 
         block,
         turned,
         _FILTERS,
-        max(32, triton.next_power_of_2(cols)),
+        max(32, config.next_power_of_2(cols)),
     )
     return filters
-
-
-def _widens_in_assembly(image: Tensor) -> bool:
-    return image.dtype == torch.bfloat16 and not interpreted() and torch.version.hip is None
 
 
 def _gather_grad_x(
@@ -128,7 +123,7 @@ def _gather_grad_x(
 ) -> None:
     channels = geometry.channels
     tile = config.depthwise_tile(geometry.in_pixels, channels)
-    grid = (triton.cdiv(geometry.in_pixels, tile.pixels) * triton.cdiv(channels, tile.rows),)
+    grid = (config.cdiv(geometry.in_pixels, tile.pixels) * config.cdiv(channels, tile.rows),)
     with on_device(grad_y):
         _depthwise_conv2d_grad_x_kernel[grid](
             grad_y,
@@ -146,44 +141,6 @@ def _gather_grad_x(
             tile.pixels,
             tile.rows,
         )
-
-
-def fill_depthwise_grad(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry: Geometry) -> None:
-    """Fill the gradient of the filters."""
-    height, width = geometry.out_size
-    tile = config.depthwise_grad_tile(
-        target.rows, (height, width), geometry.kernel, x.stride(1) == 1
-    )
-    strips = geometry.batch * triton.cdiv(height, tile.down) * triton.cdiv(width, tile.strip)
-    blocks = triton.cdiv(target.rows, tile.rows)
-    kernel_blocks = triton.cdiv(geometry.kernel[0], tile.kernel_rows)
-    steps = triton.cdiv(strips, tile.strips)
-    parts = config.parts(blocks * kernel_blocks, steps, programs(x) * tile.programs // 2)
-    sums = x.new_empty((parts, target.rows, target.cols), dtype=torch.float32)
-    with on_device(x):
-        _depthwise_conv2d_grad_weight_kernel[(blocks, parts, kernel_blocks)](
-            grad_y,
-            x,
-            sums,
-            geometry.arguments(),
-            strips,
-            triton.cdiv(steps, parts) * tile.strips,
-            target.rows,
-            target.rows // geometry.channels,
-            grad_y.stride(),
-            x.stride(),
-            *geometry.kernel,
-            *geometry.stride,
-            *geometry.dilation,
-            tile.kernel_rows,
-            tile.down,
-            tile.strip,
-            tile.strips,
-            tile.rows,
-            _widens_in_assembly(x),
-            num_warps=tile.warps,
-        )
-        target.add_parts(sums)
 
 
 @triton.jit
@@ -209,55 +166,6 @@ def _load_filters(filters, r, KW: tl.constexpr):
 
 
 @triton.jit
-def _strip_of(index, geometry, DOWN: tl.constexpr, STRIP: tl.constexpr):
-    """Image, and row and column of the first output pixel."""
-    image, down, right = pixel_of(index, tl.cdiv(geometry[2], DOWN), tl.cdiv(geometry[3], STRIP))
-    return image, down * DOWN, right * STRIP
-
-
-@triton.jit
-def _below(index, size):
-    """Whether 0 <= index < size, in one comparison."""
-    return index.to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32)
-
-
-@triton.jit
-def _beside(pixel, strides, DOWN, RIGHT):
-    """Pointers to the pixels so many rows and columns further on."""
-    return pixel + (tl.cast(strides[2], tl.int64) * DOWN + tl.cast(strides[3], tl.int64) * RIGHT)
-
-
-@triton.jit
-def _widened(tile, ASM: tl.constexpr):
-    """float32 of a tile. In assembly, two of bfloat16 at a time: the compiler would unpack both
-    before it shifts them.
-    """
-    if ASM:
-        tile = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;",
-            "=&r,=r,r",
-            [tile.to(tl.int16, bitcast=True)],
-            tl.int32,
-            True,
-            2,
-        ).to(tl.float32, bitcast=True)
-    return tile.to(tl.float32)
-
-
-@triton.jit
-def _load_pixels(pixel, strides, col, width, ok, DOWN, COUNT: tl.constexpr, ASM: tl.constexpr):
-    """float32 tiles of COUNT pixels side by side from column ``col`` of a row on, which lies DOWN
-    rows below; zeros outside of the image.
-    """
-    tiles = ()
-    for c in tl.static_range(COUNT):
-        inside = ok & _below(col + c, width)[:, None]
-        tile = tl.load(_beside(pixel, strides, DOWN, c), mask=inside, other=0.0)
-        tiles += (_widened(tile, ASM),)
-    return tiles
-
-
-@triton.jit
 def _add_products(
     sums,
     tiles,
@@ -276,37 +184,6 @@ def _add_products(
                 total += tiles[n % STRIP * STRIDE + s * DILATION] * w[s]
         new += (total,)
     return new
-
-
-@triton.jit
-def _add_correlations(
-    sums,
-    tiles,
-    grads,
-    ROW: tl.constexpr,
-    KERNEL_ROW: tl.constexpr,
-    KW: tl.constexpr,
-    STRIP: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
-):
-    """Sums of kernel positions with the products of output row ROW, for those in KERNEL_ROW."""
-    new = ()
-    for n in tl.static_range(len(sums)):
-        total = sums[n]
-        if n // KW == KERNEL_ROW:
-            for j in tl.static_range(STRIP):
-                total += tiles[j * STRIDE + n % KW * DILATION] * grads[ROW * STRIP + j]
-        new += (total,)
-    return new
-
-
-@triton.jit
-def _zeros(COUNT: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles += (tl.zeros((STRIPS, ROWS), tl.float32),)
-    return tiles
 
 
 @triton.jit
@@ -333,37 +210,40 @@ def _depthwise_conv2d_kernel(
     ROWS: tl.constexpr,
     ASM: tl.constexpr,
 ):
+    """Some rows of some strips. More than one row of output, DOWN, takes a stride and a dilation of
+    1 from row to row.
+    """
     COLUMNS: tl.constexpr = (STRIP - 1) * STRIDE_W + (KW - 1) * DILATION_W + 1
     across = tl.cdiv(rows, ROWS)
     row = tl.program_id(0) % across * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
     strip = tl.program_id(0) // across * STRIPS + tl.arange(0, STRIPS)
     ok = (strip < strips)[:, None] & row_ok[None, :]
-    image, out_row, out_col = _strip_of(strip, geometry, DOWN, STRIP)
+    image, out_row, out_col = strip_of(strip, geometry, DOWN, STRIP)
     top, left = window(geometry, out_row, out_col)
     pixel = x + image_at(stride_x, image, top, left, row // rows_per_channel)
     filters += (tl.program_id(0) % across).to(tl.int64) * (KH * KW * ROWS) + tl.arange(0, ROWS)
-    sums = _zeros(DOWN * STRIP, STRIPS, ROWS)
+    sums = zeros(DOWN * STRIP, STRIPS, ROWS)
     # Between input rows that only some output rows read lie those that all of them read.
-    for above in tl.static_range(DOWN - 1):
-        inside = ok & _below(top + above, geometry[0])[:, None]
-        tiles = _load_pixels(pixel, stride_x, left, geometry[1], inside, above, COLUMNS, ASM)
-        for i in tl.static_range(above + 1):
-            w = _load_filters(filters, above - i, KW)
+    for early in tl.static_range(DOWN - 1):
+        inside = ok & below(top + early, geometry[0])[:, None]
+        tiles = load_pixels(pixel, stride_x, left, geometry[1], inside, early, COLUMNS, ASM)
+        for i in tl.static_range(early + 1):
+            w = _load_filters(filters, early - i, KW)
             sums = _add_products(sums, tiles, w, i, STRIP, STRIDE_W, DILATION_W)
     for r in range(DOWN - 1, KH):
-        inside = ok & _below(top + r * DILATION_H, geometry[0])[:, None]
-        tiles = _load_pixels(
+        inside = ok & below(top + r * DILATION_H, geometry[0])[:, None]
+        tiles = load_pixels(
             pixel, stride_x, left, geometry[1], inside, r * DILATION_H, COLUMNS, ASM
         )
         for i in tl.static_range(DOWN):
             w = _load_filters(filters, r - i, KW)
             sums = _add_products(sums, tiles, w, i, STRIP, STRIDE_W, DILATION_W)
-    for below in tl.static_range(KH, KH + DOWN - 1):
-        inside = ok & _below(top + below, geometry[0])[:, None]
-        tiles = _load_pixels(pixel, stride_x, left, geometry[1], inside, below, COLUMNS, ASM)
-        for i in tl.static_range(below - KH + 1, DOWN):
-            w = _load_filters(filters, below - i, KW)
+    for past in tl.static_range(KH, KH + DOWN - 1):
+        inside = ok & below(top + past, geometry[0])[:, None]
+        tiles = load_pixels(pixel, stride_x, left, geometry[1], inside, past, COLUMNS, ASM)
+        for i in tl.static_range(past - KH + 1, DOWN):
+            w = _load_filters(filters, past - i, KW)
             sums = _add_products(sums, tiles, w, i, STRIP, STRIDE_W, DILATION_W)
     there = ()
     for n in tl.static_range(DOWN * STRIP):
@@ -378,12 +258,12 @@ def _depthwise_conv2d_kernel(
         pixel = residual + image_at(strides, image, out_row, out_col, row)
         new = ()
         for n in tl.static_range(DOWN * STRIP):
-            at = _beside(pixel, strides, n // STRIP, n % STRIP)
+            at = beside(pixel, strides, n // STRIP, n % STRIP)
             new += (done[n] + tl.load(at, mask=there[n], other=0.0).to(tl.float32),)
         done = new
     pixel = y + image_at(stride_y, image, out_row, out_col, row)
     for n in tl.static_range(DOWN * STRIP):
-        at = _beside(pixel, stride_y, n // STRIP, n % STRIP)
+        at = beside(pixel, stride_y, n // STRIP, n % STRIP)
         tl.store(at, done[n].to(y.dtype.element_ty), mask=there[n])
 
 
@@ -430,66 +310,3 @@ def _depthwise_conv2d_grad_x_kernel(
         acc *= tl.load(scale).to(tl.float32)
     at = image_at(stride_x, image, x_row, x_col, channel)
     tl.store(grad_x + at, acc.to(grad_x.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _depthwise_conv2d_grad_weight_kernel(
-    grad_y,
-    x,
-    out,
-    geometry,
-    strips,
-    strips_per_part,
-    rows,
-    rows_per_channel,
-    stride_y,
-    stride_x,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    KERNEL_ROWS: tl.constexpr,
-    DOWN: tl.constexpr,
-    STRIP: tl.constexpr,
-    STRIPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """The gradient of some rows at KERNEL_ROWS rows of the kernel, summed over a part of the
-    strips.
-    """
-    COLUMNS: tl.constexpr = (STRIP - 1) * STRIDE_W + (KW - 1) * DILATION_W + 1
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_ok = row < rows
-    first = tl.program_id(2) * KERNEL_ROWS
-    begin = tl.program_id(1) * strips_per_part
-    end = tl.minimum(begin + strips_per_part, strips)
-    sums = _zeros(KERNEL_ROWS * KW, STRIPS, ROWS)
-    for start in range(begin, end, STRIPS):
-        strip = start + tl.arange(0, STRIPS)
-        ok = (strip < end)[:, None] & row_ok[None, :]
-        image, out_row, out_col = _strip_of(strip, geometry, DOWN, STRIP)
-        top, left = window(geometry, out_row, out_col)
-        top += first * DILATION_H
-        grad_pixel = grad_y + image_at(stride_y, image, out_row, out_col, row)
-        pixel = x + image_at(stride_x, image, top, left, row // rows_per_channel)
-        grads = ()
-        for i in tl.static_range(DOWN):
-            inside = ok & (out_row + i < geometry[2])[:, None]
-            grads += _load_pixels(grad_pixel, stride_y, out_col, geometry[3], inside, i, STRIP, ASM)
-        for down in tl.static_range((DOWN - 1) * STRIDE_H + (KERNEL_ROWS - 1) * DILATION_H + 1):
-            inside = ok & _below(top + down, geometry[0])[:, None]
-            tiles = _load_pixels(pixel, stride_x, left, geometry[1], inside, down, COLUMNS, ASM)
-            for i in tl.static_range(DOWN):
-                for r in tl.static_range(KERNEL_ROWS):
-                    if i * STRIDE_H + r * DILATION_H == down:
-                        sums = _add_correlations(
-                            sums, tiles, grads, i, r, KW, STRIP, STRIDE_W, DILATION_W
-                        )
-    out += (tl.program_id(1).to(tl.int64) * rows + row) * (KH * KW)
-    for n in tl.static_range(KERNEL_ROWS * KW):
-        position = first * KW + n
-        if position < KH * KW:
-            tl.store(out + position, tl.sum(sums[n], axis=0), mask=row_ok)

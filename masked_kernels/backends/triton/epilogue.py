@@ -57,8 +57,10 @@ class WeightGrad:
         if parts is self.grad:
             return
         rows, cols = config.PARTS_ROWS, config.GRAD_COLS
-        grid = (triton.cdiv(self.rows, rows) * triton.cdiv(self.cols, cols),)
-        _add_parts_kernel[grid](parts, self.grad, len(parts), self.arguments(), rows, cols)
+        grid = (config.cdiv(self.rows, rows) * config.cdiv(self.cols, cols),)
+        _add_parts_kernel[grid](
+            parts, self.grad, len(parts), self.arguments(), config.PARTS, rows, cols
+        )
 
 
 def masked_grad(grad: Tensor, words: Tensor, scale: Tensor | None) -> WeightGrad:
@@ -108,14 +110,25 @@ def store_grad(out, target, tile, row, first, FINISH: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def _add_parts_kernel(parts, grad, count, target, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _add_parts_kernel(
+    parts,
+    grad,
+    count,
+    target,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     rows, cols = target[4], target[5]
     row, first = program_tile(cols, ROWS, COLS)
     col = first + tl.arange(0, COLS)
     ok = (row < rows)[:, None] & (col < cols)[None, :]
+    part = tl.arange(0, PARTS)
     at = parts + row.to(tl.int64)[:, None] * cols + col[None, :]
+    at = at[None, :, :] + (part.to(tl.int64) * rows * cols)[:, None, None]
     tile = tl.zeros((ROWS, COLS), tl.float32)
-    for _part in range(count):
-        tile += tl.load(at, mask=ok, other=0.0).to(tl.float32)
-        at += tl.cast(rows, tl.int64) * cols
+    for start in range(0, count, PARTS):
+        there = ok[None, :, :] & (start + part < count)[:, None, None]
+        tile += tl.sum(tl.load(at, mask=there, other=0.0).to(tl.float32), axis=0)
+        at += tl.cast(rows, tl.int64) * cols * PARTS
     store_tile(grad, finish(target, tile, row, first, COLS), rows, cols, row, first, COLS)

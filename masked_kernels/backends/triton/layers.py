@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import config
 from ._helpers import word_elements
 
 _AT_ONCE = 16  # layers whose facts one launch writes
@@ -44,7 +45,7 @@ def layer_table(
     that are not there have the fields ``absent``. To be called with the device current.
     """
     at_once = 1 if len(facts) == 1 else _AT_ONCE
-    layers = triton.next_power_of_2(triton.cdiv(len(facts), at_once) * at_once)
+    layers = config.next_power_of_2(config.cdiv(len(facts), at_once) * at_once)
     facts = [*facts, *[absent] * (layers - len(facts))]
     table = torch.empty((len(absent), layers), dtype=torch.int64, device=device)
     for first in range(0, layers, at_once):

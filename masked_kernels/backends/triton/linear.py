@@ -45,7 +45,7 @@ def multiplied(x: Tensor, values: Tensor, words: Tensor, output: Output) -> Tens
 def _multiply_tiles(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: Output) -> None:
     (tokens, cols), rows = x.shape, words.shape[0]
     tile = config.linear_tile(tokens, rows, x.dtype, settings_of(x))
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens)
+    tiles = config.cdiv(rows, tile.rows) * config.cdiv(tokens, tile.tokens)
     parts, length = split(x, tiles, cols, tile.depth)
     sums = y if parts == 1 else y.new_empty((parts, tokens, rows), dtype=torch.float32)
     weight = row_weight(values, words, cols)

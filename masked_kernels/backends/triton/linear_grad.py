@@ -34,7 +34,7 @@ def masked_linear_grad_x(
     if tokens >= config.many_tokens(grad_y.dtype, settings_of(grad_y)):
         return grad_y @ decoded(values, words, cols, scale)
     tile = config.linear_tile(tokens, cols, grad_y.dtype, settings_of(grad_y))
-    grid = (triton.cdiv(cols, tile.rows) * triton.cdiv(tokens, tile.tokens),)
+    grid = (config.cdiv(cols, tile.rows) * config.cdiv(tokens, tile.tokens),)
     with on_device(grad_y):
         _masked_linear_grad_x_kernel[grid](
             grad_y,
@@ -84,7 +84,7 @@ def fill_grad(target: WeightGrad, grad_y: Tensor, x: Tensor) -> None:
             target.add_parts(_float32_product(grad_y.t(), x).unsqueeze(0))
         return
     tile = config.grad_tile(target.rows, x.dtype)
-    blocks = triton.cdiv(target.rows, tile.rows) * triton.cdiv(target.cols, config.GRAD_COLS)
+    blocks = config.cdiv(target.rows, tile.rows) * config.cdiv(target.cols, config.GRAD_COLS)
     parts, length = split(x, blocks, tokens, tile.depth)
     destination = target.destination(parts)
     with on_device(x):

@@ -32,16 +32,16 @@ def aligned_linear(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: 
     rows, halves = words.shape[0], 2 * words.shape[1]
     slices = config.slices(x.dtype)
     tile = config.planes_tile(tokens * slices, _takes_weights_from_registers(x))
-    blocks = triton.cdiv(rows, tile.rows)
+    blocks = config.cdiv(rows, tile.rows)
     parts, length = split(x, blocks, halves, tile.depth, least=1)
-    whole = triton.cdiv(halves, tile.depth) * tile.depth
+    whole = config.cdiv(halves, tile.depth) * tile.depth
     dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
     planes = x.new_empty((16, whole, tile.slots), dtype=dtype)
     magnitude = x.new_empty(tile.slots, dtype=torch.float32)
     partial = x.new_empty((parts, tile.slots, rows), dtype=torch.float32)
     alias = dtype == torch.bfloat16
     with on_device(x):
-        _planes_kernel[(triton.cdiv(16 * planes.shape[1], _COLS), tile.slots)](
+        _planes_kernel[(config.cdiv(16 * planes.shape[1], _COLS), tile.slots)](
             x,
             values.reshape(-1),
             planes,
@@ -75,7 +75,7 @@ def aligned_linear(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: 
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        _finish_kernel[(triton.cdiv(rows, _ROWS), tokens)](
+        _finish_kernel[(config.cdiv(rows, _ROWS), tokens)](
             *(partial, magnitude, output.arguments(), y, rows, parts, y.stride()),
             *(output.activation, slices, tile.slots, _ROWS),
         )

@@ -86,16 +86,16 @@ def _sum(
     partial = x.new_empty((2, parts, channels), dtype=torch.float32)
     _launch(kernel, images, (*vectors, partial), tile, Split(parts, per_part))
     with on_device(x):
-        add[(triton.cdiv(channels, _CHANNELS),)](
+        add[(config.cdiv(channels, _CHANNELS),)](
             *(partial, out, *vectors, x.numel() // channels, channels, parts, per_part),
-            *(triton.next_power_of_2(parts), _CHANNELS),
+            *(config.next_power_of_2(parts), _CHANNELS),
         )
 
 
 def _split(x: Tensor, tile: config.ImageTile, least: int) -> Split:
     """Parts of the pixels of all images."""
     channels = x.shape[1]
-    blocks = triton.cdiv(channels, tile.channels)
+    blocks = config.cdiv(channels, tile.channels)
     return split(x, blocks, x.numel() // channels, tile.pixels, least)
 
 
@@ -115,7 +115,7 @@ def _launch(
     flat = [image.flatten(2) for image in images]
     one_stride = all(image.stride(0) == in_image * image.stride(2) for image in flat)
     with on_device(x):
-        kernel[(triton.cdiv(channels, tile.channels), parts.parts)](
+        kernel[(config.cdiv(channels, tile.channels), parts.parts)](
             *(argument for image in flat for argument in (image, image.stride())),
             *(batch * in_image, None if one_stride else in_image, channels),
             *(*vectors, parts.length, tile.pixels, tile.channels, tile.stages),

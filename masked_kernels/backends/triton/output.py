@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import config
 from ._helpers import gelu
 
 _TOKENS, _ROWS = 16, 64  # per program of the pass over finished sums
@@ -40,7 +41,7 @@ class Output:
         order. The two may share memory.
         """
         tokens, rows = y.shape
-        grid = (triton.cdiv(tokens, _TOKENS) * triton.cdiv(rows, _ROWS),)
+        grid = (config.cdiv(tokens, _TOKENS) * config.cdiv(rows, _ROWS),)
         _finish_kernel[grid](
             *(sums, y, self.arguments(), len(sums), tokens, rows),
             *(sums.stride(), y.stride(), self.activation, _TOKENS, _ROWS),

@@ -38,7 +38,7 @@ def row_weight(values: Tensor, words: Tensor, cols: int) -> RowWeight:
     if cols % vector or (wraps and period % vector):
         copies = vector = config.value_copies(period, count, cols, vector) if wraps else 1
     if wraps:
-        size = triton.cdiv(period + cols, vector) * vector
+        size = config.cdiv(period + cols, vector) * vector
         flat = _copied(flat, copies, size)
     in_assembly = flat.element_size() == 2 and not interpreted() and torch.version.hip is None
     arguments = (flat, words.contiguous(), cols, words.shape[1], period, size)
@@ -49,7 +49,7 @@ def _copied(values: Tensor, copies: int, size: int) -> Tensor:
     """Row j holds ``size`` values from value j on."""
     copied = values.new_empty((copies, size))
     with on_device(values):
-        _copy_kernel[(copies * triton.cdiv(size, _BLOCK),)](
+        _copy_kernel[(copies * config.cdiv(size, _BLOCK),)](
             values, copied, values.numel(), size, _BLOCK
         )
     return copied

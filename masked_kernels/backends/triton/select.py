@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import words_per_row
+from . import config
 from ._helpers import WORDS, on_device, pack_bits, word_elements
 
 _NO_NAN = tl.constexpr(2**63 - 1)
@@ -89,7 +90,7 @@ def select_threshold(scores: Tensor, threshold: float) -> Tensor:
         # torch compares a tensor with a number in the dtype of the tensor.
         rounded = torch.tensor(threshold, dtype=scores.dtype).item()
         with on_device(scores):
-            _select_threshold_kernel[(triton.cdiv(words.numel(), WORDS),)](
+            _select_threshold_kernel[(config.cdiv(words.numel(), WORDS),)](
                 scores,
                 words,
                 nan_flag(scores.device),
@@ -107,7 +108,7 @@ def select_nm(scores: Tensor, n: int, m: int, absolute: bool) -> Tensor:
     words = scores.new_empty(_words_shape(scores), dtype=torch.int32)
     if words.numel():
         with on_device(scores):
-            _select_nm_kernel[(triton.cdiv(words.numel(), WORDS),)](
+            _select_nm_kernel[(config.cdiv(words.numel(), WORDS),)](
                 scores,
                 words,
                 nan_flag(scores.device),

@@ -98,7 +98,7 @@ def _select_large(jobs: Sequence[_Job], absolute: bool) -> None:
     counting = [
         config.parts_of_layer(s.numel(), total, _CHUNK, 2 * programs(some)) for _, s, _, _ in jobs
     ]
-    packing = [triton.cdiv(w.numel(), WORDS) for _, _, w, _ in jobs]
+    packing = [config.cdiv(w.numel(), WORDS) for _, _, w, _ in jobs]
     first_count, first_words = ([0, *accumulate(each)] for each in (counting, packing))
     warm = None
     if config.warm_start_pays(total):

@@ -24,7 +24,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
 from . import config
 from ._helpers import WORDS, tl_dtype
@@ -128,7 +127,10 @@ def warm_start(
         return None
     # A part is a chunk of several blocks, or all there is, so rooms fill fewer words than masks.
     sizes = [words.numel() for _, words, _ in jobs]
-    spans = [cdiv(cdiv(size, n), WORDS) * WORDS for size, n in zip(sizes, parts, strict=True)]
+    spans = [
+        config.cdiv(config.cdiv(size, n), WORDS) * WORDS
+        for size, n in zip(sizes, parts, strict=True)
+    ]
     rooms = [n * span * _ROOM.value for n, span in zip(parts, spans, strict=True)]
     first = [0, *accumulate(rooms)]
     aside = some.new_empty(first[-1])

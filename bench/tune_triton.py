@@ -74,6 +74,7 @@ def candidates() -> dict[str, list[Any]]:
     few, some, many = ([Tile(*each) for each in tiles] for tiles in (_FEW, _SOME, _MANY))
     bounds = [16, *(n for n in TOKENS if n > 16), NEVER]
     return {
+        "fewest": [dataclasses.replace(tile, tokens=8) for tile in few],
         "few": few,
         "some": some,
         "many": many,
@@ -101,7 +102,7 @@ def forced(choice: Choice) -> Any:
 
     tiles = {}
     if choice.tile is not None:
-        tiles = dict.fromkeys(("few", "some", "many", "many_float32"), choice.tile)
+        tiles = dict.fromkeys(("fewest", "few", "some", "many", "many_float32"), choice.tile)
     bound = 0 if choice.plan == "library" else NEVER
     return Settings(64 if choice.plan == "planes" else 0, (bound, bound), 0, **tiles)
 

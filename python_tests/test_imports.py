@@ -32,7 +32,7 @@ LAYERS = {
         *("draw", "mask", "prototype", "rules"),
     },
     "recipes": {"nn", "rules"},
-    "pruning": {"_checks", "mask", "prototype", "rules", "nn"},
+    "pruning": {"_checks", "mask", "prototype", "rules", "nn", "backends"},
     "models": {"nn"},
     "storage": {"_checks", "_text", "draw", "mask", "prototype", "rules", "nn", "models", "_host"},
     "distributed": {"_ops", "_checks", "backends", "mask", "rules", "nn"},

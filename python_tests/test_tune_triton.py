@@ -20,6 +20,7 @@ OTHER = Settings(
     planes_slots=16,
     many_tokens=(32, 1024),
     fused_cols=256,
+    fewest=dataclasses.replace(Tile(*tune_triton._FEW[1]), tokens=8),
     few=Tile(*tune_triton._FEW[2]),
     some=Tile(*tune_triton._SOME[1]),
     many=Tile(*tune_triton._MANY[1]),
@@ -72,7 +73,8 @@ def test_shipped_settings() -> None:
         assert fields["source"] == ("derived" if name[:3] in ("sm_", "gfx") else "measured")
         settings = shipped.settings_of_gpu.__wrapped__(name, "")
         assert 0 <= settings.planes_slots <= 64
-        assert settings.few.tokens <= 16 and settings.some.tokens <= 64
+        assert settings.fewest.tokens <= 8 and settings.few.tokens <= 16
+        assert settings.some.tokens <= 64
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")

@@ -50,13 +50,14 @@ class Settings:
             one, in float32, which does without tensor cores where it is exact, and in 16 bits.
         fused_cols: up to how many columns a weight is decoded in each tile all the same, if that
             saves a pass over the result; in 16 bits.
-        few, some, many, many_float32: tiles for up to 16 tokens, for up to 64 tokens or rows, and
-            for more. float32 takes twice the space.
+        fewest, few, some, many, many_float32: tiles for up to 8 tokens, up to 16, up to 64 tokens or
+            rows, and for more. float32 takes twice the space.
     """
 
     planes_slots: int = 64
     many_tokens: tuple[int, int] = (64, 256)
     fused_cols: int = 512
+    fewest: Tile = Tile(rows=32, tokens=8, depth=128)
     few: Tile = Tile(rows=32, tokens=16, depth=128)
     some: Tile = Tile(rows=64, tokens=64, depth=64)
     many: Tile = Tile(rows=128, tokens=128, depth=64, warps=8)
@@ -81,8 +82,7 @@ _DEFAULT = Settings()
 def linear_tile(tokens: int, rows: int, dtype: torch.dtype, settings: Settings = _DEFAULT) -> Tile:
     """For ``[tokens, cols] x [rows, cols]``."""
     if tokens <= 16:
-        few = settings.few
-        return dataclasses.replace(few, tokens=8) if tokens <= 8 else few
+        return settings.fewest if tokens <= 8 else settings.few
     if tokens <= 64 or rows <= 64:
         return settings.some
     return settings.many_float32 if dtype == torch.float32 else settings.many

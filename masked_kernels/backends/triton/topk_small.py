@@ -49,13 +49,12 @@ def _launch(jobs: Sequence[tuple[int, Tensor, Tensor, int]], absolute: bool) -> 
     facts = [
         (s.data_ptr(), w.data_ptr(), s.numel(), s.shape[1], drop, name) for name, s, w, drop in jobs
     ]
-    absent = (0,) * len(facts[0])
-    layers = 1 if len(facts) == 1 else _AT_ONCE  # so that few numbers of layers are compiled for
+    layers = 1 if len(facts) == 1 else _AT_ONCE  # two numbers of them to compile for
     bits = _BITS[scores[0].dtype]
     room = len(jobs) * tile.scores if most > tile.scores else 0
     aside = scores[0].new_empty(room, dtype=torch.int32)
     _small_topk_kernel[(len(jobs),)](
-        tuple(facts + [absent] * (layers - len(facts))),
+        tuple(facts + facts[:1] * (layers - len(facts))),
         aside,
         nan_flag(aside.device),
         tl_dtype(scores[0].dtype),

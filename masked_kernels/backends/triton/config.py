@@ -50,8 +50,8 @@ class Settings:
             one, in float32, which does without tensor cores where it is exact, and in 16 bits.
         fused_cols: up to how many columns a weight is decoded in each tile all the same, if that
             saves a pass over the result; in 16 bits.
-        fewest, few, some, many, many_float32: tiles for up to 8 tokens, up to 16, up to 64 tokens or
-            rows, and for more. float32 takes twice the space.
+        fewest, few, some, many, many_float32: tiles for up to 8 tokens, up to 16, up to 64 tokens
+            or rows, and for more. float32 takes twice the space.
     """
 
     planes_slots: int = 64
@@ -126,7 +126,7 @@ def warm_start_pays(total: int) -> bool:
     """Whether a top-k of so many scores is split around the last threshold first: four launches
     more, and one pass over the scores in place of several.
     """
-    return total >= 1 << 22
+    return total >= 1 << 20
 
 
 def topk_sample() -> int:

@@ -16,7 +16,7 @@ import masked_kernels as mk
 from masked_kernels import _ops
 from masked_kernels.backends import forget_thresholds
 
-from .providers import sort_and_scatter, topk_and_scatter
+from .providers import int4_product, sort_and_scatter, topk_and_scatter
 
 COPIES = 2
 DTYPE = torch.bfloat16
@@ -28,11 +28,13 @@ class Problem:
     providers: by name, the same function of a copy's number.
     error: of a provider's result for copy 0, in units of the error of plain PyTorch.
     baseline: the provider that plain PyTorch users would take.
+    lossy: providers that compute in fewer bits, whose error is not held against them.
     """
 
     providers: dict[str, Callable[[int], Tensor]]
     error: Callable[[Tensor], float]
     baseline: str
+    lossy: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,19 @@ class Linear:
         x = [torch.randn(self.tokens, self.cols, device=device).to(DTYPE) for _ in range(COPIES)]
         truth = F.linear(x[0].double(), masked[0].double())
         plain = F.linear(x[0], masked[0])
+        providers: dict[str, Callable[[int], Tensor]] = {
+            "ours": lambda i: mk.masked_linear(x[i], values[i], masks[i], backend=backend),
+            "F.linear": lambda i: F.linear(x[i], masked[i]),
+            "F.linear(x, w * m)": lambda i: F.linear(x[i], weights[i] * bits[i]),
+        }
+        if device == "cuda" and self.tokens <= 64:
+            products = [int4_product(weight) for weight in masked]
+            providers["int4, lossy"] = lambda i: products[i](x[i])
         return Problem(
-            {
-                "ours": lambda i: mk.masked_linear(x[i], values[i], masks[i], backend=backend),
-                "F.linear": lambda i: F.linear(x[i], masked[i]),
-                "F.linear(x, w * m)": lambda i: F.linear(x[i], weights[i] * bits[i]),
-            },
+            providers,
             lambda y: error_ratio(y, plain, truth),
             baseline="F.linear",
+            lossy=frozenset(["int4, lossy"]),
         )
 
 

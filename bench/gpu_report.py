@@ -126,7 +126,8 @@ def measure(case: Case) -> dict[str, Any]:
 
 def wrong_results(problem: Problem) -> dict[str, float]:
     """Providers whose error is over the bound, with their error."""
-    errors = {name: problem.error(run(0)) for name, run in problem.providers.items()}
+    exact = {name: run for name, run in problem.providers.items() if name not in problem.lossy}
+    errors = {name: problem.error(run(0)) for name, run in exact.items()}
     return {name: error for name, error in errors.items() if not error <= LARGEST_ERROR}
 
 

@@ -69,6 +69,21 @@ def csr(weight: Tensor) -> Tensor:
         )
 
 
+def int4_product(weight: Tensor, group: int = 128) -> Callable[[Tensor], Tensor]:
+    """PyTorch's product with a weight of four bits, of which ``group`` in a row share a scale, on a
+    GPU in bfloat16.
+    """
+    grouped = weight.float().unflatten(1, (-1, group))  # [rows, groups, group]
+    lowest, highest = grouped.amin(2), grouped.amax(2)
+    scale = (highest - lowest).clamp(min=1e-6) / 15
+    codes = ((grouped - lowest[..., None]) / scale[..., None]).round().to(torch.uint8).flatten(1)
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+    # A code q stands for (q - 8) * scale + zero.
+    scales = torch.stack([scale, lowest + 8 * scale], 2).transpose(0, 1).contiguous()
+    facts = scales.to(weight.dtype)  # [groups, rows, 2]
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, group, facts)
+
+
 def topk_and_scatter(scores: Tensor, keep: int) -> Tensor:
     """The best that plain PyTorch offers: a bool mask."""
     flat = scores.abs().flatten()

@@ -98,8 +98,9 @@ def run_tests(log: TextIO) -> dict[str, Any]:
     command += ["-p", "no:benchmark"]  # it warns beside xdist, and warnings are errors
     command += ["--require-backend=triton", "--pairwise", "python_tests"]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(os.cpu_count() or 1, 12))]
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        command += ["-n", str(min(os.cpu_count() or 1, 14))]
+    # Each worker keeps a core busy with compiling.
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, timeout=_TEST_SECONDS, text=True,

@@ -96,7 +96,8 @@ def _select_large(jobs: Sequence[_Job], absolute: bool) -> None:
     key_bytes = _KEY_BYTES[some.dtype]
     total = sum(s.numel() for _, s, _, _ in jobs)
     counting = [
-        config.parts_of_layer(s.numel(), total, _CHUNK, 2 * programs(some)) for _, s, _, _ in jobs
+        config.parts_of_layer(s.numel(), total, _CHUNK, 3 * programs(some) // 2)
+        for _, s, _, _ in jobs
     ]
     packing = [config.cdiv(w.numel(), WORDS) for _, _, w, _ in jobs]
     first_count, first_words = ([0, *accumulate(each)] for each in (counting, packing))

@@ -119,10 +119,11 @@ def training_step(
     optimizer = torch.optim.SGD(trained, RATE)
 
     def run(x: Tensor) -> Tensor:
+        # Without the cache of casts, which a CUDA graph would read when it is gone.
+        cast = torch.autocast(x.device.type, autocast, autocast is not None, cache_enabled=False)
         with mk.use_backend(backend):
             optimizer.zero_grad()
-            # Without the cache of casts, which a CUDA graph would read when it is gone.
-            with torch.autocast(x.device.type, autocast, autocast is not None, cache_enabled=False):
+            with mk.nn.select_together(model), cast:
                 loss = F.cross_entropy(model(channels_last(x)), labels[: len(x)])
             loss.backward()
             optimizer.step()

@@ -157,5 +157,25 @@ class NM(Rule):
         return words
 
 
+class Selected(Rule):
+    """A rule whose selection is done: ``words`` are the mask of whatever scores come.
+
+    Args:
+        rule: the rule that selected.
+        words: int32 ``[rows, ceil(cols / 32)]``.
+        absolute: None for that of the rule.
+    """
+
+    def __init__(self, rule: Rule, words: Tensor, absolute: bool | None = None) -> None:
+        self.rule, self.words = rule, words
+        self.absolute = rule.absolute if absolute is None else absolute
+
+    def select(self, scores: Tensor, backend: str = AUTO) -> Tensor:
+        return self.words
+
+    def weight_scale(self, words: Tensor, numel: int) -> Tensor | None:
+        return self.rule.weight_scale(words, numel)
+
+
 def _matrix(scores: Tensor) -> Tensor:
     return scores.detach().reshape(matrix_shape(torch.Size(scores.shape)))

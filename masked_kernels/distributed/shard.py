@@ -15,11 +15,10 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .._checks import check_type
-from ..backends import AUTO
 from ..mask import PackedMask
 from ..nn import MaskedConv2d, MaskedLinear
 from ..nn._layer import FrozenLayer
-from ..rules import Rule
+from ..rules import Rule, Selected
 from .replicate import broadcast_model_
 from .select import select_rows
 
@@ -128,7 +127,8 @@ class _ShardedLayer(FrozenLayer):
 
     def scores_and_rule(self) -> tuple[Tensor, Rule]:
         scores: Tensor = _WholeScores.apply(self.scores, self.rule.absolute)  # type: ignore[no-untyped-call]
-        return scores, _Chosen(self.words, self.rule)
+        # The sign in the gradient is the affair of the shards.
+        return scores, Selected(self.rule, self.words, absolute=False)
 
 
 class ShardedLinear(_ShardedLayer, MaskedLinear):  # type: ignore[misc]
@@ -162,21 +162,6 @@ class _WholeScores(Function):
         of_ranks = DTensor.from_local(grad, scores.device_mesh, [Partial("avg")], run_check=False)
         own = of_ranks.redistribute(placements=scores.placements)
         return own * scores.sign() if ctx.absolute else own, None
-
-
-class _Chosen(Rule):
-    """The rule of a stand-in: its bits are known, and its gradient's sign is the shards' affair."""
-
-    absolute = False
-
-    def __init__(self, words: Tensor, rule: Rule) -> None:
-        self.words, self.rule = words, rule
-
-    def select(self, scores: Tensor, backend: str = AUTO) -> Tensor:
-        return self.words
-
-    def weight_scale(self, words: Tensor, numel: int) -> Tensor | None:
-        return self.rule.weight_scale(words, numel)
 
 
 def _mesh_of(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh:

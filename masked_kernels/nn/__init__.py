@@ -8,6 +8,7 @@ from .packed_sequential import PackedSequential
 from .pruned import PrunedConv2d, PrunedLinear
 from .sequential import FusedSequential, Residual
 from .summary import Summary, summary
+from .together import select_together
 
 __all__ = [
     "CompactLinear",
@@ -25,5 +26,6 @@ __all__ = [
     "mask_model_",
     "materialize_",
     "pack_model_",
+    "select_together",
     "summary",
 ]

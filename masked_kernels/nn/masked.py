@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..functional import scored_conv2d, scored_linear
 from ..mask import PackedMask
 from ..prototype import Prototype
-from ..rules import Rule, TopK
+from ..rules import Rule, Selected, TopK
 from ._layer import Conv2dGeometry, FrozenLayer, LinearGeometry
 
 
@@ -21,6 +21,8 @@ class _MaskedLayer(FrozenLayer):
 
     scores: nn.Parameter
     rule: Rule
+    selected: Selected | None = None
+    """What ``select_together`` found and the forward uses."""
 
     def _setup(
         self,
@@ -68,7 +70,7 @@ class _MaskedLayer(FrozenLayer):
 
     def scores_and_rule(self) -> tuple[Tensor, Rule]:
         """What the forward ranks, and how. ``distributed`` has layers that keep neither whole."""
-        return self.scores, self.rule
+        return self.scores, self.selected or self.rule
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule}, weight={self._values_repr()}"

@@ -1,5 +1,6 @@
 """One model in training: a step, an epoch, and everything a checkpoint holds."""
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..nn import select_together
 from .augment import Normalize
 from .data import Splits, batch_lengths, batches, derived_seed, seeded_generator
 from .evaluation import Score, Tally, evaluate
@@ -95,7 +97,10 @@ class Trainer:
                 group["lr"] = lr
             images = self.settings.augment(batch.images, own)
             inputs = self.settings.erase(self.normalize(images), own)
-            self.backward(inputs, batch.labels, count, tally)
+            # Under torch.compile each forward selects, as masks from outside are new in every step.
+            together = contextlib.nullcontext() if settings.compile else select_together(self.model)
+            with together:
+                self.backward(inputs, batch.labels, count, tally)
             self.update()
             progress(count)
         return tally.score(world)

@@ -245,26 +245,19 @@ def _depthwise_conv2d_kernel(
         for i in tl.static_range(past - KH + 1, DOWN):
             w = _load_filters(filters, past - i, KW)
             sums = _add_products(sums, tiles, w, i, STRIP, STRIDE_W, DILATION_W)
-    there = ()
-    for n in tl.static_range(DOWN * STRIP):
-        inside = (out_row + n // STRIP < geometry[2]) & (out_col + n % STRIP < geometry[3])
-        there += (ok & inside[:, None],)
-    # All that is loaded comes before all that is stored, so that it is loaded once.
-    done = ()
-    for n in tl.static_range(DOWN * STRIP):
-        done += (finished(sums[n], output, row, row_ok, rows, ACTIVATION, 1),)
     residual, strides = output[3], output[4:]
     if residual is not None:
-        pixel = residual + image_at(strides, image, out_row, out_col, row)
-        new = ()
-        for n in tl.static_range(DOWN * STRIP):
-            at = beside(pixel, strides, n // STRIP, n % STRIP)
-            new += (done[n] + tl.load(at, mask=there[n], other=0.0).to(tl.float32),)
-        done = new
+        residual += image_at(strides, image, out_row, out_col, row)
     pixel = y + image_at(stride_y, image, out_row, out_col, row)
     for n in tl.static_range(DOWN * STRIP):
+        inside = (out_row + n // STRIP < geometry[2]) & (out_col + n % STRIP < geometry[3])
+        there = ok & inside[:, None]
+        total = finished(sums[n], output, row, row_ok, rows, ACTIVATION, 1)
+        if residual is not None:
+            at = beside(residual, strides, n // STRIP, n % STRIP)
+            total += tl.load(at, mask=there, other=0.0).to(tl.float32)
         at = beside(pixel, stride_y, n // STRIP, n % STRIP)
-        tl.store(at, done[n].to(y.dtype.element_ty), mask=there[n])
+        tl.store(at, total.to(y.dtype.element_ty), mask=there)
 
 
 @triton.jit

@@ -117,9 +117,12 @@ def _share(ours: dict[str, Any], other: dict[str, Any], kind: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_page", description=__doc__)
     parser.add_argument("result", type=Path)
+    parser.add_argument("--steps", type=Path, help="a result whose training steps are shown too")
     parser.add_argument("--readme", type=Path, help="write the short form into this README")
     options = parser.parse_args()
     result = json.loads(options.result.read_text())
+    if options.steps:
+        result["training"] |= json.loads(options.steps.read_text())["training"]
     if options.readme:
         write_between(options.readme, "gpu", short(result))
     else:

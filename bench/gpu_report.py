@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -99,16 +100,21 @@ def run_tests(log: TextIO) -> dict[str, Any]:
     command += ["--require-backend=triton", "--pairwise", "python_tests"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(os.cpu_count() or 1, 14))]
-    # Each worker keeps a core busy with compiling.
+    command += ["-o", "faulthandler_timeout=60"]  # a test that hangs says where
+    # Each worker keeps a core busy with compiling, and PyTorch's compiler needs no others.
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1"}
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    tests = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, timeout=_TEST_SECONDS, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-        )  # fmt: skip
-        text, code = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as expired:
-        text, code = (expired.stdout or b"").decode(), 124
+        text, _ = tests.communicate(timeout=_TEST_SECONDS)
+        code = tests.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(tests.pid, signal.SIGKILL)  # its workers too: they would share the GPU
+        text, _ = tests.communicate()
+        code = 124
     print(text, file=log, flush=True)
     return {"exit": code, "summary": text.strip().splitlines()[-1] if text.strip() else ""}
 

@@ -11,12 +11,6 @@ import torch
 GRAD_COLS = 64
 """Columns of the tiles of every weight-shaped gradient."""
 
-PARTS_ROWS = 4
-"""Rows of the tiles in which parts are added."""
-
-PARTS = 8
-"""Parts that are loaded at once, as the next ones wait for them."""
-
 
 def cdiv(count: int, size: int) -> int:
     """How many blocks of a size cover ``count``. Triton's own takes a microsecond on the host."""
@@ -94,6 +88,21 @@ def parts(tiles: int, steps: int, programs: int, least: int = 4) -> int:
     Every part has at least ``least`` steps, so that the loop outweighs the adding of the parts.
     """
     return max(1, min(programs // max(tiles, 1), steps // least))
+
+
+class PartsTile(NamedTuple):
+    """Parts that a program adds at a time, and rows of its tile, ``GRAD_COLS`` wide."""
+
+    parts: int
+    rows: int
+
+
+def parts_tile(parts: int) -> PartsTile:
+    """One part is a pass over the gradient; several are loaded together, as many as 16 rows of one.
+
+    On an H200 a single part loaded as one of eight takes six times as long.
+    """
+    return PartsTile(1, 16) if parts == 1 else PartsTile(8, 4)
 
 
 def parts_of_layer(numel: int, total: int, chunk: int, programs: int) -> int:

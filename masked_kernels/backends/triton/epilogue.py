@@ -56,11 +56,9 @@ class WeightGrad:
         """Fill the gradient from the parts in ``destination``, unless that is the gradient."""
         if parts is self.grad:
             return
-        rows, cols = config.PARTS_ROWS, config.GRAD_COLS
-        grid = (config.cdiv(self.rows, rows) * config.cdiv(self.cols, cols),)
-        _add_parts_kernel[grid](
-            parts, self.grad, len(parts), self.arguments(), config.PARTS, rows, cols
-        )
+        tile, cols = config.parts_tile(len(parts)), config.GRAD_COLS
+        grid = (config.cdiv(self.rows, tile.rows) * config.cdiv(self.cols, cols),)
+        _add_parts_kernel[grid](parts, self.grad, len(parts), self.arguments(), *tile, cols)
 
 
 def masked_grad(grad: Tensor, words: Tensor, scale: Tensor | None) -> WeightGrad:

@@ -4,6 +4,7 @@ short form for the README.
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,10 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("--steps", type=Path, help="a result whose training steps are shown too")
     parser.add_argument("--readme", type=Path, help="write the short form into this README")
+    parser.add_argument("--cases", default="", help="only cases that this finds")
     options = parser.parse_args()
     result = json.loads(options.result.read_text())
+    result["cases"] = [case for case in result["cases"] if re.search(options.cases, case["name"])]
     if options.steps:
         result["training"] |= json.loads(options.steps.read_text())["training"]
     if options.readme:

@@ -39,11 +39,21 @@ def test_the_same_steps(backend: str) -> None:
 
 
 def test_one_call_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def counted(name: str):
+        op = getattr(_ops, name)
+        return lambda *args: (calls.append(name), op(*args))[1]
+
+    for name in ("select_topk", "select_topk_many", "select_threshold", "select_nm"):
+        monkeypatch.setattr(_ops, name, counted(name))
     model, x = small(), torch.randn(2, 3, 5, 5)
-    with mk.use_backend("reference"), mk.nn.select_together(model):
-        for op in ("select_topk", "select_topk_many", "select_threshold", "select_nm"):
-            monkeypatch.setattr(_ops, op, None)
+    with mk.nn.select_together(model):
+        assert sorted(calls) == ["select_nm", "select_threshold", "select_topk_many"]
         step(model, x)
+        assert len(calls) == 3
+    step(model, x)
+    assert len(calls) == 3 + len(RULES)
 
 
 def test_masks_are_those_on_entry() -> None:

@@ -108,6 +108,7 @@ class _ShardedLayer(FrozenLayer):
     scores: DTensor
     rule: Rule
     words: Tensor
+    holds_all_scores = False
 
     @property
     def mask(self) -> PackedMask:

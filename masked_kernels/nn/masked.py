@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class _MaskedLayer(FrozenLayer):
     rule: Rule
     selected: Selected | None = None
     """What ``select_together`` found and the forward uses."""
+    holds_all_scores: ClassVar[bool] = True
+    """False for a layer of ``distributed`` that holds some rows and selects with other processes."""
 
     def _setup(
         self,

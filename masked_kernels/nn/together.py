@@ -8,8 +8,6 @@ from torch import nn
 from ..rules import Rule, Selected
 from .masked import MaskedConv2d, MaskedLinear
 
-_WHOLE = (MaskedLinear, MaskedConv2d)
-
 
 @contextlib.contextmanager
 def select_together(model: nn.Module) -> Iterator[None]:
@@ -24,8 +22,7 @@ def select_together(model: nn.Module) -> Iterator[None]:
     """
     layers: dict[Rule, list[MaskedLinear | MaskedConv2d]] = {}
     for module in model.modules():
-        # A layer whose scores are sharded has a selection of its own.
-        if isinstance(module, MaskedLinear | MaskedConv2d) and type(module) in _WHOLE:
+        if isinstance(module, MaskedLinear | MaskedConv2d) and module.holds_all_scores:
             layers.setdefault(module.rule, []).append(module)
     try:
         for rule, together in layers.items():

@@ -24,7 +24,7 @@ class _MaskedLayer(FrozenLayer):
     selected: Selected | None = None
     """What ``select_together`` found and the forward uses."""
     holds_all_scores: ClassVar[bool] = True
-    """False for a layer of ``distributed`` that holds some rows and selects with other processes."""
+    """False for a layer that holds some rows and selects with other processes."""
 
     def _setup(
         self,

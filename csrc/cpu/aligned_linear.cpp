@@ -24,7 +24,7 @@ int64_t tile_words(int64_t cols) {
 
 // The outputs of `rows` (at most 16) adjacent rows for some tokens.
 struct Block {
-  const AlignedLinear& p;
+  const AlignedLinear& params;
   int64_t token, tokens, row, rows;
   const float* sums; // [tokens, 16]
   const float* bias; // [16]
@@ -32,33 +32,22 @@ struct Block {
   // The first to y, with `stride` floats from token to token, as they leave the layer.
   template <int kLanes>
   MK_INLINE void store_to(float* y, int64_t stride) const {
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t i = 0; i < rows; i += kLanes) {
-        const int64_t count = rows - i;
+    const Block b = *this; // and parameters of its own, which no store to y can change
+    const AlignedLinear p = b.params;
+    for (int64_t i = 0; i < b.rows; i += kLanes)
+      for (int64_t t = 0; t < b.tokens; ++t) {
+        const int64_t count = b.rows - i, row = b.row + i;
         Floats<kLanes> v =
-            load<kLanes>(sums + t * AlignedRows::kBlock + i) * p.scale + load<kLanes>(bias + i);
+            load<kLanes>(b.sums + t * kBlockRows + i) * p.scale + load<kLanes>(b.bias + i);
         if (p.epilogue)
-          v = finished<kLanes>(p.epilogue, v, row + i, (token + t) * p.rows + row + i, count);
+          v = finished<kLanes>(p.epilogue, v, row, (b.token + t) * p.rows + row, count);
         store<kLanes>(y + t * stride + i, v, count);
       }
   }
 };
 using Store = void (*)(const Block& block, float* y, int64_t stride);
 
-// out [count] = x . values
-using Scale = void (*)(const float* x, const float* values, int64_t count, float* out);
-
-template <int kLanes>
-MK_INLINE void scale_body(const float* x, const float* values, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += kLanes)
-    store<kLanes>(
-        out + i, load<kLanes>(x + i, count - i) * load<kLanes>(values + i, count - i), count - i);
-}
-
 namespace scalar {
-void scale(const float* x, const float* values, int64_t count, float* out) {
-  scale_body<4>(x, values, count, out);
-}
 void store(const Block& block, float* y, int64_t stride) {
   block.store_to<4>(y, stride);
 }
@@ -66,18 +55,12 @@ void store(const Block& block, float* y, int64_t stride) {
 
 #if MK_X86
 namespace avx2 {
-MK_AVX2 void scale(const float* x, const float* values, int64_t count, float* out) {
-  scale_body<8>(x, values, count, out);
-}
 MK_AVX2 void store(const Block& block, float* y, int64_t stride) {
   block.store_to<8>(y, stride);
 }
 } // namespace avx2
 
 namespace avx512 {
-MK_AVX512 void scale(const float* x, const float* values, int64_t count, float* out) {
-  scale_body<16>(x, values, count, out);
-}
 MK_AVX512 void store(const Block& block, float* y, int64_t stride) {
   block.store_to<16>(y, stride);
 }
@@ -85,13 +68,10 @@ MK_AVX512 void store(const Block& block, float* y, int64_t stride) {
 #endif
 
 struct Kernels {
-  Scale scale;
   Store store;
   const Passes& passes;
 
-  explicit Kernels(Isa isa)
-      : scale(MK_BY_ISA(isa, scale)), store(MK_BY_ISA(isa, store)),
-        passes(MK_BY_ISA(isa, kPasses)) {}
+  explicit Kernels(Isa isa) : store(MK_BY_ISA(isa, store)), passes(MK_BY_ISA(isa, kPasses)) {}
 };
 
 struct alignas(64) Vector {
@@ -121,23 +101,24 @@ struct Tile {
 
 struct Workspace {
   // Not initialised.
-  std::unique_ptr<Vector[]> scaled, tables, sums;
+  std::unique_ptr<Vector[]> tables, sums;
 
   Workspace(const Passes& passes, int64_t blocks)
-      : scaled(new Vector[ceil_div(passes.most_words() * kTileColumns, kBlockRows)]),
-        tables(new Vector[ceil_div(passes.most_words() * kTableFloats, kBlockRows)]),
+      : tables(new Vector[ceil_div(passes.most_words() * kTableFloats, kBlockRows)]),
         sums(new Vector[blocks * passes.most]) {}
 };
 
 // y of a tile's rows for some tokens, from the pass's sums
 void store(const AlignedLinear& p, const Tile& tile, const Kernels& kernels, const Pass& pass,
-    int64_t token, int64_t tokens, Vector* sums) {
+    int64_t token, int64_t tokens, const Vector* sums) {
+  Vector by_token[kMostTokens];
   for (int64_t block = 0; block < tile.blocks(); ++block, sums += pass.tokens) {
     if (pass.by_token)
-      pass.by_token(sums->lane);
+      pass.by_token(sums->lane, by_token->lane);
     const int64_t first = block * kBlockRows, count = std::min(kBlockRows, tile.count - first);
     const int64_t row = tile.first_row + first * p.patterns;
-    const Block results{p, token, tokens, row, count, sums->lane, tile.bias[block].lane};
+    const Block results{p, token, tokens, row, count, (pass.by_token ? by_token : sums)->lane,
+        tile.bias[block].lane};
     float* out = p.y + token * p.rows + row;
     if (p.patterns == 1) {
       kernels.store(results, out, p.rows);
@@ -154,34 +135,31 @@ void store(const AlignedLinear& p, const Tile& tile, const Kernels& kernels, con
 void multiply_tile(const AlignedLinear& p, const Tile& tile, const Kernels& kernels,
     const Pass& pass, int64_t token, Workspace& space) {
   const int64_t tokens = std::min<int64_t>(pass.tokens, p.tokens - token);
-  float* scaled = space.scaled[0].lane;
   float* tables = space.tables[0].lane;
-  std::fill_n(space.sums.get(), tile.blocks() * pass.tokens, Vector{});
-
-  const int64_t next = token + tokens, parts = ceil_div(tile.blocks(), pass.blocks);
+  const int64_t next = token + tokens, words = tile_words(p.cols);
+  if (words == 0)
+    std::fill_n(space.sums.get(), tile.blocks() * pass.tokens, Vector{});
   const Ahead y_ahead{p.y + token * p.rows, p.y + next * p.rows};
   const Ahead x_ahead{p.x + next * p.cols, p.x + std::min(next + tokens, p.tokens) * p.cols};
-  constexpr Ahead nothing{nullptr, nullptr};
-  const int64_t words = tile_words(p.cols);
+  int64_t part = 0;
+  const int64_t calls = tile.blocks() / pass.blocks + tile.blocks() % pass.blocks;
+  const int64_t parts = ceil_div(words, pass.words) * calls;
   for (int64_t word = 0; word < words; word += pass.words) {
     const int64_t count = std::min(pass.words, words - word);
     const int64_t col = word * kTileColumns, columns = count * kTileColumns;
-    const int64_t there = std::min(columns, p.cols - col);
-    for (int64_t t = 0; t < tokens; ++t) {
-      float* out = scaled + t * columns;
-      kernels.scale(p.x + (token + t) * p.cols + col, tile.values + col, there, out);
-      std::fill(out + there, out + columns, 0.0f);
-    }
-    std::fill(scaled + tokens * columns, scaled + pass.tokens * columns, 0.0f);
-    pass.build_tables(scaled, pass.tokens, columns, tables);
-    const bool last = word + pass.words >= words;
-    for (int64_t block = 0; block < tile.blocks();) {
+    pass.build_tables({p.x + token * p.cols + col, p.cols, tokens, std::min(columns, p.cols - col),
+                          tile.values + col},
+        columns, tables);
+    for (int64_t block = 0; block < tile.blocks(); ++part) {
       const bool full = block + pass.blocks <= tile.blocks();
-      const int64_t part = block / pass.blocks;
+      const int64_t count_of = full ? pass.blocks : 1;
+      Vector* sums = &space.sums[block * pass.tokens];
+      if (word == 0)
+        std::fill_n(sums, count_of * pass.tokens, Vector{});
       (full ? pass.kernel : pass.single)(tile.words + (block * words + word) * kBlockRows,
-          words * kBlockRows, count, tables, space.sums[block * pass.tokens].lane,
-          last ? y_ahead.share(part, parts) : nothing, last ? x_ahead.share(part, parts) : nothing);
-      block += full ? pass.blocks : 1;
+          words * kBlockRows, count, tables, sums->lane, y_ahead.share(part, parts),
+          x_ahead.share(part, parts));
+      block += count_of;
     }
   }
   store(p, tile, kernels, pass, token, tokens, space.sums.get());

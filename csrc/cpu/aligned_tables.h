@@ -8,7 +8,7 @@
 
 #include "prefetch.h"
 #include "square.h"
-#include "target.h"
+#include "vector.h"
 
 #include "masked_kernels/kernels.h"
 
@@ -23,20 +23,40 @@ constexpr int64_t kWordTables = kTileColumns / kTableColumns;
 constexpr int64_t kTableFloats = kWordTables * kSubsets; // of a word, per token
 constexpr int64_t kMostFewTokens = 6, kMostTokens = 16;
 constexpr int64_t kFewWords = 9; // of columns whose tables for 6 tokens fit the L1 cache
+constexpr int64_t kMostScaled = kMostFewTokens * kFewWords * kTileColumns;
 // Words of columns that one running sum takes. A total of short sums rounds less than a long sum.
 constexpr int64_t kRunWords = 3;
 constexpr int64_t kAllBlocks = INT64_MAX;
 
-// The tables of `columns` columns from x [tokens, columns], columns a multiple of kTileColumns.
-using BuildTables = void (*)(const float* x, int64_t tokens, int64_t columns, float* tables);
+// Columns of some tokens: x [tokens, stride], of which `count` columns are multiplied by a value
+// each. Those that tables have above that are 0.
+struct Columns {
+  const float* x;
+  int64_t stride, tokens, count;
+  const float* values;
+
+  // scaled [tokens, columns]
+  template <int kLanes>
+  MK_INLINE void scale_to(float* scaled, int64_t columns) const {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t k = 0; k < columns; k += kLanes) {
+        const int64_t there = std::max<int64_t>(count - k, 0);
+        store<kLanes>(scaled + t * columns + k,
+            load<kLanes>(x + t * stride + k, there) * load<kLanes>(values + k, there), columns - k);
+      }
+  }
+};
+
+// The tables of `columns` columns, a multiple of kTileColumns.
+using BuildTables = void (*)(const Columns& x, int64_t columns, float* tables);
 
 // sums [blocks, tokens, 16] += what the rows' bits look up in the tables of `words` words of
 // columns. A block's tile is [words, 16]; that of the next block lies `tile_stride` words on.
 using MicroKernel = void (*)(const uint32_t* tiles, int64_t tile_stride, int64_t words,
     const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead);
 
-// [16, tokens] becomes [tokens, 16] in place.
-using ByToken = void (*)(float* sums);
+// by_token [tokens, 16] = sums [16, tokens]
+using ByToken = void (*)(const float* sums, float* by_token);
 
 // How some tokens are multiplied at once.
 struct Pass {
@@ -95,13 +115,15 @@ void micro_kernel(const uint32_t* tile, int64_t, int64_t words, const float* tab
   }
 }
 
-void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables) {
+void build_tables(const Columns& x, int64_t columns, float* tables) {
+  float scaled[kMostScaled];
+  x.scale_to<4>(scaled, columns);
   for (int64_t k = 0; k < columns; k += kTableColumns)
-    for (int64_t t = 0; t < tokens; ++t, tables += kSubsets)
+    for (int64_t t = 0; t < x.tokens; ++t, tables += kSubsets)
       for (int64_t subset = 0; subset < kSubsets; ++subset) {
         tables[subset] = 0.0f;
         for (int64_t j = 0; j < kTableColumns; ++j)
-          tables[subset] += subset >> j & 1 ? x[t * columns + k + j] : 0.0f;
+          tables[subset] += subset >> j & 1 ? scaled[t * columns + k + j] : 0.0f;
       }
 }
 
@@ -173,11 +195,13 @@ MK_AVX2 MK_INLINE __m256 subsets_with(int j) {
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(subset, bit), bit));
 }
 
-MK_AVX2 void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables) {
+MK_AVX2 void build_tables(const Columns& x, int64_t columns, float* tables) {
+  float scaled[kMostScaled];
+  x.scale_to<8>(scaled, columns);
   const __m256 with[kColumns] = {subsets_with(0), subsets_with(1), subsets_with(2)};
   for (int64_t k = 0; k < columns; k += kColumns)
-    for (int64_t t = 0; t < tokens; ++t, tables += kHalf) {
-      const float* three = x + t * columns + k;
+    for (int64_t t = 0; t < x.tokens; ++t, tables += kHalf) {
+      const float* three = scaled + t * columns + k;
       __m256 sums = _mm256_setzero_ps();
       for (int64_t i = 0; i < kColumns; ++i)
         sums = _mm256_add_ps(sums, _mm256_and_ps(with[i], _mm256_set1_ps(three[i])));
@@ -239,13 +263,24 @@ MK_AVX2 void add_looked_up(const uint32_t* tile, int64_t tile_stride, int64_t wo
 
 // tables [columns / 5, 32, tokens]
 template <int kVectors>
-MK_AVX2 void build_token_tables(const float* x, int64_t, int64_t columns, float* tables) {
+MK_AVX2 void build_token_tables(const Columns& x, int64_t columns, float* tables) {
   constexpr int kTokens = kVectors * kTokenLanes;
-  alignas(32) float by_column[kManyWords * kTileColumns][kTokens];
+  constexpr int64_t kMostColumns = kManyWords / kVectors * kTileColumns;
+  float padded[kTokens * kMostColumns], values[kMostColumns];
+  const float *from = x.x, *value = x.values;
+  int64_t stride = x.stride;
+  if (x.tokens < kTokens || x.count < columns) {
+    std::fill_n(padded, kTokens * columns, 0.0f);
+    for (int64_t t = 0; t < x.tokens; ++t)
+      std::copy_n(x.x + t * x.stride, x.count, padded + t * columns);
+    std::fill_n(std::copy_n(x.values, x.count, values), columns - x.count, 0.0f);
+    from = padded, value = values, stride = columns;
+  }
+  alignas(32) float by_column[kMostColumns][kTokens];
   for (int64_t t = 0; t < kTokens; t += kTokenLanes)
     for (int64_t k = 0; k < columns; k += kTokenLanes) {
       const int64_t col = std::min(k, columns - kTokenLanes); // the last square overlaps
-      transpose_square(x + t * columns + col, columns, &by_column[col][t], kTokens);
+      transpose_square(from + t * stride + col, stride, &by_column[col][t], kTokens);
     }
   for (int64_t k = 0; k < columns; k += kTableColumns, tables += kSubsets * kTokens)
 #pragma GCC unroll 2
@@ -253,7 +288,8 @@ MK_AVX2 void build_token_tables(const float* x, int64_t, int64_t columns, float*
       _mm256_store_ps(tables + v, _mm256_setzero_ps());
 #pragma GCC unroll 8
       for (int j = 0; j < kTableColumns; ++j) { // the subsets with column j and none after it
-        const __m256 column = _mm256_load_ps(&by_column[k + j][v]);
+        const __m256 column =
+            _mm256_mul_ps(_mm256_load_ps(&by_column[k + j][v]), _mm256_broadcast_ss(value + k + j));
         const float* without = tables + v;
         float* with = tables + v + (kTokens << j);
 #pragma GCC unroll 16
@@ -265,12 +301,11 @@ MK_AVX2 void build_token_tables(const float* x, int64_t, int64_t columns, float*
 }
 
 template <int kTokens>
-MK_AVX2 void by_token(float* sums) {
-  alignas(32) float rows[kBlockRows * kTokens];
-  std::copy_n(sums, kBlockRows * kTokens, rows);
+MK_AVX2 void by_token(const float* sums, float* by_token) {
   for (int64_t row = 0; row < kBlockRows; row += kTokenLanes)
     for (int64_t t = 0; t < kTokens; t += kTokenLanes)
-      transpose_square(rows + row * kTokens + t, kTokens, sums + t * kBlockRows + row, kBlockRows);
+      transpose_square(
+          sums + row * kTokens + t, kTokens, by_token + t * kBlockRows + row, kBlockRows);
 }
 
 template <int kBlocks, int kTokens>
@@ -338,10 +373,12 @@ MK_AVX512 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t 
   }
 }
 
-MK_AVX512 void build_tables(const float* x, int64_t tokens, int64_t columns, float* tables) {
+MK_AVX512 void build_tables(const Columns& x, int64_t columns, float* tables) {
+  float scaled[kMostScaled];
+  x.scale_to<16>(scaled, columns);
   for (int64_t k = 0; k < columns; k += kTableColumns)
-    for (int64_t t = 0; t < tokens; ++t, tables += kSubsets) {
-      const float* five = x + t * columns + k;
+    for (int64_t t = 0; t < x.tokens; ++t, tables += kSubsets) {
+      const float* five = scaled + t * columns + k;
       __m512 low = _mm512_maskz_mov_ps(0xaaaa, _mm512_set1_ps(five[0])); // subsets with column 0
       low = _mm512_mask_add_ps(low, 0xcccc, low, _mm512_set1_ps(five[1]));
       low = _mm512_mask_add_ps(low, 0xf0f0, low, _mm512_set1_ps(five[2]));

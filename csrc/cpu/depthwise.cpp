@@ -4,7 +4,8 @@
 // A vector holds one pixel of some channels. Those channels of a band of rows are copied once, with
 // the zeros around them, so that nothing asks where the image ends and pixels a power of two apart
 // do not fight over the same cache sets. Then each is loaded once a kernel row for all the outputs
-// in registers that it adds to.
+// in registers that it adds to. Meanwhile x and y of the next band are fetched, a few lines at a
+// time: they come in an order that the hardware does not foresee.
 #include "epilogue.h"
 #include "prefetch.h"
 
@@ -21,6 +22,17 @@ constexpr int64_t kBandFloats = 1 << 16; // of a band of x, all channels, a part
 // Output rows of one image.
 struct Band {
   int64_t image, row_begin, row_end;
+
+  int64_t rows() const { return row_end - row_begin; }
+};
+
+// What a thread does at once: the outputs of a band for the channels [channel, channel + kGroup).
+struct Task {
+  Band band;
+  int64_t channel;
+  const float* filters; // of load_filters
+  float* copied;
+  Ahead x, y; // what the next tasks need
 };
 
 int64_t copied_width(const DepthwiseConv2d& p) {
@@ -64,21 +76,30 @@ MK_INLINE void convolve_columns(const DepthwiseConv2d& p, const float* filter, c
       store<kLanes>(p.y + at, finished<kLanes>(p.epilogue, sums[c], channel, at, lanes), lanes);
 }
 
-// The input rows of a band for the channels from `channel` on, zeros where there is no input.
+// copied [slices, rows, copied_width, lanes] = the input rows of a task, zeros where there is no
+// input. All slices of a pixel are read together: they are one cache line.
 template <int kLanes>
-MK_INLINE void copy_band(const DepthwiseConv2d& p, const Band& band, int64_t channel, float* to) {
-  const int64_t width = copied_width(p), lanes = p.channels - channel;
-  const int64_t rows = band.row_end - band.row_begin + p.kernel_h - 1;
-  const float* image = p.x + band.image * p.height * p.width * p.channels + channel;
-  for (int64_t i = 0; i < rows; ++i, to += width * kLanes) {
-    const int64_t row = band.row_begin + i - p.pad_h;
+MK_INLINE void copy_rows(const DepthwiseConv2d& p, const Task& task, int64_t slice) {
+  constexpr int64_t kSlices = kGroup / kLanes;
+  const int64_t width = copied_width(p), row_floats = p.width * p.channels;
+  const int64_t channels = std::min(kGroup, p.channels - task.channel);
+  const float* image = p.x + task.band.image * p.height * row_floats + task.channel;
+  float* to = task.copied;
+  for (int64_t i = 0; i < task.band.rows() + p.kernel_h - 1; ++i, to += width * kLanes) {
+    const int64_t row = task.band.row_begin + i - p.pad_h;
     const bool inside = 0 <= row && row < p.height;
     const int64_t begin = inside ? p.pad_w : width, end = inside ? begin + p.width : width;
-    std::fill(to, to + begin * kLanes, 0.0f);
-    for (int64_t column = begin; column < end; ++column)
-      store<kLanes>(to + column * kLanes,
-          load<kLanes>(image + (row * p.width + column - begin) * p.channels, lanes));
-    std::fill(to + end * kLanes, to + width * kLanes, 0.0f);
+    for (int64_t s = 0; s < kSlices; ++s) {
+      std::fill(to + s * slice, to + s * slice + begin * kLanes, 0.0f);
+      std::fill(to + s * slice + end * kLanes, to + s * slice + width * kLanes, 0.0f);
+    }
+    const float* from = image + row * row_floats;
+    for (int64_t column = begin; column < end; ++column, from += p.channels)
+#pragma GCC unroll 4
+      for (int64_t s = 0; s < kSlices; ++s)
+        if (const int64_t first = s * kLanes; first < channels)
+          store<kLanes>(
+              to + s * slice + column * kLanes, load<kLanes>(from + first, channels - first));
   }
 }
 
@@ -96,33 +117,38 @@ MK_INLINE void load_filters(const DepthwiseConv2d& p, int64_t channel, float* fi
     }
 }
 
-// The outputs of a band for the channels [channel, channel + kGroup).
 template <int kLanes, int kWidth>
-MK_INLINE void convolve_body(const DepthwiseConv2d& p, const Band& band, int64_t channel,
-    const float* filters, float* copied) {
+MK_INLINE void convolve_body(const DepthwiseConv2d& p, const Task& task) {
+  const Band& band = task.band;
   const int64_t taps = p.kernel_h * p.kernel_w, width = copied_width(p);
-  const int64_t end = std::min(channel + kGroup, p.channels);
-  for (; channel < end; channel += kLanes, filters += taps * kLanes) {
-    copy_band<kLanes>(p, band, channel, copied);
-    for (int64_t row = band.row_begin; row < band.row_end; ++row)
-      for (int64_t column = 0; column < p.out_width(); column += kColumns) {
-        const float* x = copied + ((row - band.row_begin) * width + column) * kLanes;
-        const int64_t count = p.out_width() - column;
-        const int64_t pixel = (band.image * p.out_height() + row) * p.out_width() + column;
+  const int64_t slice = (band.rows() + p.kernel_h - 1) * width * kLanes;
+  const int64_t end = std::min(task.channel + kGroup, p.channels);
+  copy_rows<kLanes>(p, task, slice);
+  int64_t strip = 0;
+  const int64_t strips = band.rows() * ceil_div(p.out_width(), kColumns);
+  for (int64_t row = band.row_begin; row < band.row_end; ++row)
+    for (int64_t column = 0; column < p.out_width(); column += kColumns, ++strip) {
+      task.x.share(strip, strips).fetch();
+      task.y.share(strip, strips).fetch();
+      const float* x = task.copied + ((row - band.row_begin) * width + column) * kLanes;
+      const float* filters = task.filters;
+      const int64_t count = p.out_width() - column;
+      const int64_t pixel = (band.image * p.out_height() + row) * p.out_width() + column;
+      for (int64_t channel = task.channel; channel < end; channel += kLanes) {
         const int64_t at = pixel * p.channels + channel;
         if (count > kColumns / 2)
           convolve_columns<kLanes, kWidth, kColumns>(p, filters, x, count, channel, at);
         else
           convolve_columns<kLanes, kWidth, kColumns / 2>(p, filters, x, count, channel, at);
+        x += slice, filters += taps * kLanes;
       }
-  }
+    }
 }
 
 namespace scalar {
 template <int kWidth>
-void convolve(const DepthwiseConv2d& p, const Band& band, int64_t channel, const float* filters,
-    float* copied) {
-  convolve_body<4, kWidth>(p, band, channel, filters, copied);
+void convolve(const DepthwiseConv2d& p, const Task& task) {
+  convolve_body<4, kWidth>(p, task);
 }
 void load_filters(const DepthwiseConv2d& p, int64_t channel, float* filters) {
   masked_kernels::load_filters<4>(p, channel, filters);
@@ -132,9 +158,8 @@ void load_filters(const DepthwiseConv2d& p, int64_t channel, float* filters) {
 #if MK_X86
 namespace avx2 {
 template <int kWidth>
-MK_AVX2 void convolve(const DepthwiseConv2d& p, const Band& band, int64_t channel,
-    const float* filters, float* copied) {
-  convolve_body<8, kWidth>(p, band, channel, filters, copied);
+MK_AVX2 void convolve(const DepthwiseConv2d& p, const Task& task) {
+  convolve_body<8, kWidth>(p, task);
 }
 MK_AVX2 void load_filters(const DepthwiseConv2d& p, int64_t channel, float* filters) {
   masked_kernels::load_filters<8>(p, channel, filters);
@@ -143,9 +168,8 @@ MK_AVX2 void load_filters(const DepthwiseConv2d& p, int64_t channel, float* filt
 
 namespace avx512 {
 template <int kWidth>
-MK_AVX512 void convolve(const DepthwiseConv2d& p, const Band& band, int64_t channel,
-    const float* filters, float* copied) {
-  convolve_body<16, kWidth>(p, band, channel, filters, copied);
+MK_AVX512 void convolve(const DepthwiseConv2d& p, const Task& task) {
+  convolve_body<16, kWidth>(p, task);
 }
 MK_AVX512 void load_filters(const DepthwiseConv2d& p, int64_t channel, float* filters) {
   masked_kernels::load_filters<16>(p, channel, filters);
@@ -153,18 +177,13 @@ MK_AVX512 void load_filters(const DepthwiseConv2d& p, int64_t channel, float* fi
 } // namespace avx512
 #endif
 
-// A share of the x and y of a band: their lines come in an order that the hardware does not
-// foresee.
-void fetch_ahead(const DepthwiseConv2d& p, const Band& band, int64_t part, int64_t parts) {
-  const auto fetch = [&](const float* rows, int64_t count, int64_t row_floats) {
-    const int64_t first = band.image * count;
-    Ahead{rows + (first + std::min(band.row_begin, count)) * row_floats,
-        rows + (first + std::min(band.row_end, count)) * row_floats}
-        .share(part, parts)
-        .fetch();
-  };
-  fetch(p.x, p.height, p.width * p.channels);
-  fetch(p.y, p.out_height(), p.out_width() * p.channels);
+// A share of the images or rows of them that a band reads or writes.
+Ahead share_of(const Band& band, const float* images, int64_t height, int64_t row_floats,
+    int64_t part, int64_t parts) {
+  const float* image = images + band.image * height * row_floats;
+  return Ahead{image + std::min(band.row_begin, height) * row_floats,
+      image + std::min(band.row_end, height) * row_floats}
+      .share(part, parts);
 }
 
 template <int kWidth>
@@ -192,10 +211,14 @@ void convolve_as(const DepthwiseConv2d& p, const Exec& exec) {
           load_filters(p, (begin + i) % groups * kGroup, &filters[i * filter_floats]);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t group = i % groups;
-          if (const int64_t next = i / groups + 1; next * groups < end)
-            fetch_ahead(p, band_of(next), group, groups);
-          convolve(p, band_of(i / groups), group * kGroup,
-              &filters[(i - begin) % groups * filter_floats], copied.data());
+          Task task{band_of(i / groups), group * kGroup,
+              &filters[(i - begin) % groups * filter_floats], copied.data(), {}, {}};
+          if (const int64_t next = i / groups + 1; next * groups < end) {
+            const Band band = band_of(next);
+            task.x = share_of(band, p.x, p.height, p.width * p.channels, group, groups);
+            task.y = share_of(band, p.y, p.out_height(), p.out_width() * p.channels, group, groups);
+          }
+          convolve(p, task);
         }
       });
 }

@@ -9,13 +9,26 @@
 
 namespace masked_kernels {
 
+// Even and odd powers apart: half as many sums that wait for one another.
 template <int kLanes, int kTerms>
 MK_INLINE Floats<kLanes> polynomial(const float (&terms)[kTerms], const Floats<kLanes>& x) {
-  Floats<kLanes> sum = splat<kLanes>(terms[kTerms - 1]);
+  const Floats<kLanes> square = x * x;
+  Floats<kLanes> sums[2] = {
+      splat<kLanes>(terms[(kTerms - 1) / 2 * 2]), splat<kLanes>(terms[kTerms / 2 * 2 - 1])};
 #pragma GCC unroll 16
-  for (int i = kTerms - 2; i >= 0; --i)
-    sum = sum * x + terms[i];
-  return sum;
+  for (int i = kTerms - 3; i >= 0; --i)
+    sums[i % 2] = sums[i % 2] * square + terms[i];
+  return sums[1] * x + sums[0];
+}
+
+template <int kLanes>
+MK_INLINE Floats<kLanes> magnitude(const Floats<kLanes>& x) {
+  Ints<kLanes> bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= 0x7fffffff;
+  Floats<kLanes> size;
+  std::memcpy(&size, &bits, sizeof size);
+  return size;
 }
 
 template <int kLanes>
@@ -47,7 +60,7 @@ struct Normal {
     std::memcpy(&bell, &bits, sizeof bell);
     bell = raw > kLeast ? bell : Floats<kLanes>{};
 
-    const Floats<kLanes> size = x < 0.0f ? -x : x;
+    const Floats<kLanes> size = magnitude<kLanes>(x);
     const Floats<kLanes> near = size < kTailEnd ? size : splat<kLanes>(kTailEnd);
     const Floats<kLanes> tail = bell * polynomial<kLanes>(kTail, near);
     cdf = x > 0.0f ? 1.0f - tail : tail;

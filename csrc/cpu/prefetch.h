@@ -10,7 +10,7 @@ namespace masked_kernels {
 // Floats that will be needed soon, asked for in shares: too many at once would occupy all buffers
 // that the loads of the work in between need.
 struct Ahead {
-  const float *begin, *end;
+  const float *begin = nullptr, *end = nullptr;
 
   // Share `part` of `parts`.
   Ahead share(int64_t part, int64_t parts) const {

@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kMaxLanes = 16;
 constexpr int64_t kBlock = 16;  // pixels summed in float before the sums are added up in double
 constexpr int64_t kFirst = 256; // pixels that a variance takes a first mean from
+constexpr int64_t kPartPixels = 256; // the fewest that a thread sums
 
 // Per-channel factors, with room for a whole vector at the end.
 using Factors = std::vector<float>;
@@ -27,36 +28,40 @@ Factors means(const GeluBatchNorm& p) {
   return mean;
 }
 
-// Sums over all pixels, for channels [begin, end): with d = GELU(x) - shift, of d and d², or of
-// d * grad_y and grad_y.
+// Sums over the pixels of each part: with d = GELU(x) - shift, of d and d², or of d * grad_y and
+// grad_y.
 template <bool kOfGrad>
 struct Sums {
   const float* x;
   const float* grad_y; // or null
   int64_t pixels, channels;
   const float* shift; // of factors()
-  double* first;      // [channels], to be added to
-  double* second;
+  int64_t parts = 1;
+  double* totals = nullptr; // [parts, 2, channels], to be added to
 
   template <int kLanes>
   MK_INLINE void run(int64_t begin, int64_t end) const {
-    const int64_t width = end - begin;
-    std::vector<float> block(2 * (width + kMaxLanes));
-    float *const a = block.data(), *const b = a + width + kMaxLanes;
-    for (int64_t top = 0; top < pixels; top += kBlock) {
-      std::fill(block.begin(), block.end(), 0.0f);
-      for (int64_t pixel = top; pixel < std::min(top + kBlock, pixels); ++pixel)
-        for (int64_t c = 0; c < width; c += kLanes) {
-          const int64_t lanes = width - c, at = pixel * channels + begin + c;
-          const Floats<kLanes> in = load<kLanes>(x + at, lanes);
-          const Floats<kLanes> d = in * Normal<kLanes>(in).cdf - load<kLanes>(shift + begin + c);
-          const Floats<kLanes> grad = kOfGrad ? load<kLanes>(grad_y + at, lanes) : d;
-          store<kLanes>(a + c, load<kLanes>(a + c) + (kOfGrad ? d * grad : d));
-          store<kLanes>(b + c, load<kLanes>(b + c) + (kOfGrad ? grad : d * d));
+    const int64_t padded = channels + kMaxLanes;
+    std::vector<float> block(2 * padded);
+    float *const first = block.data(), *const second = first + padded;
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t last = pixels * (part + 1) / parts;
+      for (int64_t top = pixels * part / parts; top < last; top += kBlock) {
+        std::fill(block.begin(), block.end(), 0.0f);
+        for (int64_t pixel = top; pixel < std::min(top + kBlock, last); ++pixel)
+          for (int64_t c = 0; c < channels; c += kLanes) {
+            const int64_t lanes = channels - c, at = pixel * channels + c;
+            const Floats<kLanes> in = load<kLanes>(x + at, lanes);
+            const Floats<kLanes> d = in * Normal<kLanes>(in).cdf - load<kLanes>(shift + c);
+            const Floats<kLanes> grad = kOfGrad ? load<kLanes>(grad_y + at, lanes) : d;
+            store<kLanes>(first + c, load<kLanes>(first + c) + (kOfGrad ? d * grad : d));
+            store<kLanes>(second + c, load<kLanes>(second + c) + (kOfGrad ? grad : d * d));
+          }
+        double* total = totals + part * 2 * channels;
+        for (int64_t c = 0; c < channels; ++c) {
+          total[c] += first[c];
+          total[channels + c] += second[c];
         }
-      for (int64_t c = 0; c < width; ++c) {
-        first[begin + c] += a[c];
-        second[begin + c] += b[c];
       }
     }
   }
@@ -139,14 +144,21 @@ MK_AVX512 void run(const Pass& pass, int64_t begin, int64_t end) {
 } // namespace avx512
 #endif
 
-// Threads share the channels of sums, so that sums are the same for any number of threads, and
-// otherwise the pixels.
+// The two sums [2, channels]. Threads share parts whose number depends on nothing but the shape, so
+// that sums are the same for any number of threads.
 template <bool kOfGrad>
-void run_sums(const Sums<kOfGrad>& sums, const Exec& exec) {
+std::vector<double> total(Sums<kOfGrad> sums, const Exec& exec) {
+  constexpr int64_t kMostParts = 32;
+  const int64_t floats = 2 * sums.channels;
+  sums.parts = std::clamp<int64_t>(sums.pixels / kPartPixels, 1, kMostParts);
+  std::vector<double> totals(sums.parts * floats);
+  sums.totals = totals.data();
   const auto run = MK_BY_ISA(exec.isa, run<Sums<kOfGrad>>);
-  exec.parallel.run(0, ceil_div(sums.channels, kMaxLanes), 1, [&](int64_t begin, int64_t end) {
-    run(sums, begin * kMaxLanes, std::min(end * kMaxLanes, sums.channels));
-  });
+  exec.parallel.run(0, sums.parts, 1, [&](int64_t begin, int64_t end) { run(sums, begin, end); });
+  for (int64_t i = floats; i < sums.parts * floats; ++i)
+    totals[i % floats] += totals[i];
+  totals.resize(floats);
+  return totals;
 }
 
 template <class Pass>
@@ -173,18 +185,16 @@ void gelu_stats(
   // variance.
   const int64_t first = std::min(pixels, kFirst);
   Factors zero = factors(channels), shift = factors(channels);
-  std::vector<double> sum(channels), squares(channels), first_sum(channels);
-  run_sums(Sums<false>{x, nullptr, first, channels, zero.data(), first_sum.data(), squares.data()},
-      exec);
+  const std::vector<double> first_sum =
+      total(Sums<false>{x, nullptr, first, channels, zero.data()}, exec);
   for (int64_t c = 0; c < channels; ++c)
     shift[c] = static_cast<float>(first_sum[c] / first);
-  std::fill(squares.begin(), squares.end(), 0.0);
-  run_sums(
-      Sums<false>{x, nullptr, pixels, channels, shift.data(), sum.data(), squares.data()}, exec);
+  const std::vector<double> sums =
+      total(Sums<false>{x, nullptr, pixels, channels, shift.data()}, exec);
   for (int64_t c = 0; c < channels; ++c) {
-    const double offset = sum[c] / pixels;
+    const double offset = sums[c] / pixels;
     mean[c] = static_cast<float>(shift[c] + offset);
-    var[c] = static_cast<float>(std::max(squares[c] / pixels - offset * offset, 0.0));
+    var[c] = static_cast<float>(std::max(sums[channels + c] / pixels - offset * offset, 0.0));
   }
 }
 
@@ -201,12 +211,11 @@ void gelu_batch_norm(const GeluBatchNorm& p, const float* residual, float* y, co
 void gelu_batch_norm_grad_affine(const GeluBatchNorm& p, const float* grad_y, float* grad_weight,
     float* grad_bias, const Exec& exec) {
   Factors mean = means(p);
-  std::vector<double> products(p.channels), sum(p.channels);
-  run_sums(Sums<true>{p.x, grad_y, p.pixels, p.channels, mean.data(), products.data(), sum.data()},
-      exec);
+  const std::vector<double> sums =
+      total(Sums<true>{p.x, grad_y, p.pixels, p.channels, mean.data()}, exec);
   for (int64_t c = 0; c < p.channels; ++c) {
-    grad_weight[c] = static_cast<float>(products[c] * inverse_deviation(p, c));
-    grad_bias[c] = static_cast<float>(sum[c]);
+    grad_weight[c] = static_cast<float>(sums[c] * inverse_deviation(p, c));
+    grad_bias[c] = static_cast<float>(sums[p.channels + c]);
   }
 }
 

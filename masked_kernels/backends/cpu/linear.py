@@ -13,7 +13,9 @@ from .grad import apply_scores, masked_
 from .plan import Plan, linear_plan, row_patterns
 
 _PANEL_BYTES = 1 << 22  # small enough for the L2 caches, large enough to occupy the threads
-_WEIGHTS_PER_PATTERN_OF_GRAD_X = 1 << 18  # each pattern is a product of its own
+# Of grad_x, where each row pattern is a product of its own that starts anew.
+_WEIGHTS_PER_PATTERN, _FEWER_WEIGHTS = 1 << 18, 1 << 16
+_TOKENS_PER_PATTERN = 1 << 10  # that fewer weights need
 
 
 def masked_linear(
@@ -45,8 +47,9 @@ def masked_linear_grad_x(
 ) -> Tensor:
     rows = words.shape[0]
     plan = linear_plan(grad_y.shape[0], rows, cols, values.numel(), grad_y.dtype, isa())
-    patterns = row_patterns(cols, values.numel()) or 1
-    if plan == "aligned" and rows * cols >= _WEIGHTS_PER_PATTERN_OF_GRAD_X * patterns:
+    if plan == "aligned" and _is_aligned_grad_x(
+        grad_y.shape[0], rows * cols, row_patterns(cols, values.numel()) or 1
+    ):
         return aligned_linear_grad_x(grad_y, values, words, scale, cols)
     if grad_y.dtype in (torch.float16, torch.bfloat16) or rows == 0:
         # A sum over panels would round to 16 bits after each of them.
@@ -55,6 +58,13 @@ def masked_linear_grad_x(
     for begin, end, panel in _panels(values, words, cols, scale):
         grad_x.addmm_(grad_y[:, begin:end], panel, beta=int(begin > 0))
     return grad_x
+
+
+def _is_aligned_grad_x(tokens: int, weights: int, patterns: int) -> bool:
+    """Whether the binary product pays, measured on AVX2: 1.2 to 2.8 times faster where it does."""
+    if weights >= _WEIGHTS_PER_PATTERN * patterns:
+        return True
+    return weights >= _FEWER_WEIGHTS * patterns and tokens >= _TOKENS_PER_PATTERN * patterns
 
 
 def masked_linear_grad_weight(

@@ -101,53 +101,78 @@ struct Tile {
 
 struct Workspace {
   // Not initialised.
-  std::unique_ptr<Vector[]> tables, sums;
+  std::unique_ptr<Vector[]> tables, sums, patches;
+  int64_t patch_stride; // no power of two: patches do not fight over the same cache sets
 
-  Workspace(const Passes& passes, int64_t blocks)
+  Workspace(const AlignedLinear& p, const Passes& passes, int64_t blocks)
       : tables(new Vector[ceil_div(passes.most_words() * kTableFloats, kBlockRows)]),
-        sums(new Vector[blocks * passes.most]) {}
+        sums(new Vector[blocks * passes.most]),
+        patch_stride((ceil_div(p.cols, kBlockRows) | 1) * kBlockRows) {
+    if (p.patches)
+      patches.reset(new Vector[passes.most * patch_stride / kBlockRows]);
+  }
+};
+
+// Tokens of a pass.
+struct Tokens {
+  int64_t first, count;
+  const float* x; // [count, stride]
+  int64_t stride;
+  Ahead next; // the x of the next pass
+
+  Tokens(const AlignedLinear& p, int64_t begin, int64_t most, Workspace& space)
+      : first(begin), count(std::min(most, p.tokens - begin)), x(p.x + begin * p.cols),
+        stride(p.cols) {
+    if (p.patches) {
+      x = space.patches[0].lane;
+      stride = space.patch_stride;
+      p.patches.copy(p.x, first, count, space.patches[0].lane, stride);
+    } else {
+      const int64_t end = first + count;
+      next = {p.x + end * p.cols, p.x + std::min(end + count, p.tokens) * p.cols};
+    }
+  }
 };
 
 // y of a tile's rows for some tokens, from the pass's sums
 void store(const AlignedLinear& p, const Tile& tile, const Kernels& kernels, const Pass& pass,
-    int64_t token, int64_t tokens, const Vector* sums) {
+    const Tokens& tokens, const Vector* sums) {
   Vector by_token[kMostTokens];
   for (int64_t block = 0; block < tile.blocks(); ++block, sums += pass.tokens) {
     if (pass.by_token)
       pass.by_token(sums->lane, by_token->lane);
     const int64_t first = block * kBlockRows, count = std::min(kBlockRows, tile.count - first);
     const int64_t row = tile.first_row + first * p.patterns;
-    const Block results{p, token, tokens, row, count, (pass.by_token ? by_token : sums)->lane,
-        tile.bias[block].lane};
-    float* out = p.y + token * p.rows + row;
+    const Block results{p, tokens.first, tokens.count, row, count,
+        (pass.by_token ? by_token : sums)->lane, tile.bias[block].lane};
+    float* out = p.y + tokens.first * p.rows + row;
     if (p.patterns == 1) {
       kernels.store(results, out, p.rows);
       continue;
     }
     Vector y[kMostTokens];
     kernels.store(results, y->lane, kBlockRows);
-    for (int64_t t = 0; t < tokens; ++t, out += p.rows)
+    for (int64_t t = 0; t < tokens.count; ++t, out += p.rows)
       for (int64_t i = 0; i < count; ++i)
         out[i * p.patterns] = y[t].lane[i];
   }
 }
 
 void multiply_tile(const AlignedLinear& p, const Tile& tile, const Kernels& kernels,
-    const Pass& pass, int64_t token, Workspace& space) {
-  const int64_t tokens = std::min<int64_t>(pass.tokens, p.tokens - token);
+    const Pass& pass, const Tokens& tokens, Workspace& space) {
   float* tables = space.tables[0].lane;
-  const int64_t next = token + tokens, words = tile_words(p.cols);
+  const int64_t words = tile_words(p.cols);
   if (words == 0)
     std::fill_n(space.sums.get(), tile.blocks() * pass.tokens, Vector{});
-  const Ahead y_ahead{p.y + token * p.rows, p.y + next * p.rows};
-  const Ahead x_ahead{p.x + next * p.cols, p.x + std::min(next + tokens, p.tokens) * p.cols};
+  const float* y = p.y + tokens.first * p.rows;
+  const Ahead y_ahead{y, y + tokens.count * p.rows};
   int64_t part = 0;
   const int64_t calls = tile.blocks() / pass.blocks + tile.blocks() % pass.blocks;
   const int64_t parts = ceil_div(words, pass.words) * calls;
   for (int64_t word = 0; word < words; word += pass.words) {
     const int64_t count = std::min(pass.words, words - word);
     const int64_t col = word * kTileColumns, columns = count * kTileColumns;
-    pass.build_tables({p.x + token * p.cols + col, p.cols, tokens, std::min(columns, p.cols - col),
+    pass.build_tables({tokens.x + col, tokens.stride, tokens.count, std::min(columns, p.cols - col),
                           tile.values + col},
         columns, tables);
     for (int64_t block = 0; block < tile.blocks(); ++part) {
@@ -158,17 +183,49 @@ void multiply_tile(const AlignedLinear& p, const Tile& tile, const Kernels& kern
         std::fill_n(sums, count_of * pass.tokens, Vector{});
       (full ? pass.kernel : pass.single)(tile.words + (block * words + word) * kBlockRows,
           words * kBlockRows, count, tables, sums->lane, y_ahead.share(part, parts),
-          x_ahead.share(part, parts));
+          tokens.next.share(part, parts));
       block += count_of;
     }
   }
-  store(p, tile, kernels, pass, token, tokens, space.sums.get());
+  store(p, tile, kernels, pass, tokens, space.sums.get());
+}
+
+// turned = the bits [cols / taps, taps] of a row as [taps, cols / taps]
+void turn_row(const uint32_t* row, int64_t cols, int64_t taps, uint32_t* turned) {
+  int64_t from = 0;
+  for (int64_t to = 0; to < cols; ++turned) {
+    uint32_t word = 0;
+    for (int64_t j = 0; j < kWordBits && to < cols; ++j, ++to) {
+      word |= (row[from / kWordBits] >> from % kWordBits & 1) << j;
+      from += taps;
+      from -= from >= cols ? cols - 1 : 0; // the next tap of the first channel
+    }
+    *turned = word;
+  }
 }
 
 } // namespace
 
-void aligned_tiles(
-    const uint32_t* words, Shape shape, int64_t patterns, uint32_t* tiles, const Exec& exec) {
+void Patches::copy(
+    const float* images, int64_t first, int64_t count, float* to, int64_t stride) const {
+  for (int64_t token = first; token < first + count; ++token, to += stride) {
+    const int64_t out_row = token / out_width, image = out_row / out_height;
+    const int64_t top = out_row % out_height * stride_h - pad_h;
+    const int64_t left = token % out_width * stride_w - pad_w;
+    float* out = to;
+    for (int64_t i = 0; i < kernel_h; ++i)
+      for (int64_t j = 0; j < kernel_w; ++j, out += channels) {
+        const int64_t row = top + i * dilation_h, column = left + j * dilation_w;
+        if (0 <= row && row < height && 0 <= column && column < width)
+          std::copy_n(images + ((image * height + row) * width + column) * channels, channels, out);
+        else
+          std::fill_n(out, channels, 0.0f);
+      }
+  }
+}
+
+void aligned_tiles(const uint32_t* words, Shape shape, int64_t patterns, int64_t taps,
+    uint32_t* tiles, const Exec& exec) {
   const AlignedRows rows(shape.rows, patterns);
   const int64_t row_words = words_per_row(shape.cols), tile_row_words = tile_words(shape.cols);
   constexpr int64_t kGrain = 1 << 12; // words worth waking a thread for
@@ -182,13 +239,18 @@ void aligned_tiles(
   for (int64_t p = 0; p < patterns; ++p)
     exec.parallel.run(0, rows.blocks(p), ceil_div(kGrain, kBlockRows * row_words + 1),
         [&](int64_t begin, int64_t end) {
+          std::vector<uint32_t> turned(taps > 1 ? row_words : 0);
           for (int64_t block = begin; block < end; ++block) {
             uint32_t* tile = tiles + (rows.first_block(p) + block) * tile_row_words * kBlockRows;
             for (int64_t lane = 0; lane < kBlockRows; ++lane) {
               const int64_t row = rows.row(p, block * kBlockRows + lane);
+              const uint32_t* bits = words + row * row_words;
+              if (row < shape.rows && taps > 1) {
+                turn_row(bits, shape.cols, taps, turned.data());
+                bits = turned.data();
+              }
               for (int64_t w = 0; w < tile_row_words; ++w)
-                tile[w * kBlockRows + lane] =
-                    row < shape.rows ? columns_of(words + row * row_words, w) : 0;
+                tile[w * kBlockRows + lane] = row < shape.rows ? columns_of(bits, w) : 0;
             }
           }
         });
@@ -214,11 +276,12 @@ void aligned_linear(const AlignedLinear& p, const Exec& exec) {
             p, rows, values, pattern, std::max(begin, first) - first, std::min(end, last) - first);
       first = last;
     }
-    Workspace space(passes, end - begin);
+    Workspace space(p, passes, end - begin);
     while (token < token_end) {
       const Pass& pass = passes.first_of(token_end - token);
+      const Tokens tokens(p, token, pass.tokens, space);
       for (const Tile& tile : tiles)
-        multiply_tile(p, tile, kernels, pass, token, space);
+        multiply_tile(p, tile, kernels, pass, tokens, space);
       token += pass.tokens;
     }
   };

@@ -60,10 +60,42 @@ void test_aligned(
   const int64_t patterns = std::max<int64_t>(period / std::max<int64_t>(shape.cols, 1), 1);
   std::vector<uint32_t> tiles(AlignedRows(shape.rows, patterns).all_blocks() *
                               ceil_div(shape.cols, kTileColumns) * AlignedRows::kBlock);
-  aligned_tiles(p.words.data(), shape, patterns, tiles.data(), exec);
+  aligned_tiles(p.words.data(), shape, patterns, 1, tiles.data(), exec);
   std::vector<float> y(tokens * shape.rows, NAN);
   aligned_linear({p.x.data(), p.values.data(), period, patterns, tiles.data(), p.bias_or_null(),
                      p.scale, tokens, shape.rows, shape.cols, y.data()},
+      exec);
+  p.check(y, exec);
+}
+
+// Patches of images as tokens; a geometry of which no two sides can be confused.
+void test_patches(const Exec& exec, int64_t channels, int64_t rows, Random& random) {
+  constexpr int64_t kBatch = 2, kHeight = 5, kWidth = 7, kOutHeight = 3, kOutWidth = 5;
+  constexpr int64_t kKernelWidth = 3, kTaps = 2 * kKernelWidth, kStride = 2, kPad = 1;
+  const Patches patches{
+      kHeight, kWidth, channels, kOutHeight, kOutWidth, 2, kKernelWidth, kStride, 1, kPad, 0, 1, 1};
+  const Shape shape{rows, channels * kTaps};
+  Problem p(kBatch * kOutHeight * kOutWidth, shape, shape.cols, false, random);
+  const std::vector<float> images = random.floats(kBatch * kHeight * kWidth * channels);
+  std::vector<float> by_tap(shape.cols);
+  for (int64_t k = 0; k < shape.cols; ++k) {
+    const int64_t channel = k / kTaps, tap = k % kTaps;
+    by_tap[tap * channels + channel] = p.values[k];
+    for (int64_t token = 0; token < p.tokens; ++token) {
+      const int64_t out_row = token / kOutWidth, image = out_row / kOutHeight;
+      const int64_t row = out_row % kOutHeight * kStride + tap / kKernelWidth - kPad;
+      const int64_t column = token % kOutWidth + tap % kKernelWidth;
+      const int64_t pixel = (image * kHeight + row) * kWidth + column;
+      const bool inside = 0 <= row && row < kHeight;
+      p.x[token * shape.cols + k] = inside ? images[pixel * channels + channel] : 0.0f;
+    }
+  }
+  std::vector<uint32_t> tiles(
+      AlignedRows(rows, 1).all_blocks() * ceil_div(shape.cols, kTileColumns) * AlignedRows::kBlock);
+  aligned_tiles(p.words.data(), shape, 1, kTaps, tiles.data(), exec);
+  std::vector<float> y(p.tokens * rows, NAN);
+  aligned_linear({images.data(), by_tap.data(), shape.cols, 1, tiles.data(), nullptr, p.scale,
+                     p.tokens, rows, shape.cols, y.data(), {}, patches},
       exec);
   p.check(y, exec);
 }
@@ -138,6 +170,9 @@ int main() {
           for (const int64_t period :
               {int64_t{1}, cols % 2 ? cols : cols / 2, cols, 2 * cols, 7 * cols, 200 * cols})
             test_aligned(exec, tokens, {rows, cols}, period, tokens % 2 == 0, random);
+    for (const int64_t channels : {1, 5, 32, 70})
+      for (const int64_t rows : {1, 16, 37})
+        test_patches(exec, channels, rows, random);
     // Several column blocks; nothing.
     test_aligned(exec, 1, {200, 13'001}, 13'001, true, random);
     test_aligned(exec, 9, {40, 5000}, 10'000, false, random);

@@ -250,14 +250,15 @@ Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& wor
   return y;
 }
 
-Tensor aligned_tiles_op(const Tensor& words, int64_t cols, int64_t patterns) {
+Tensor aligned_tiles_op(const Tensor& words, int64_t cols, int64_t patterns, int64_t taps) {
   const uint32_t* bits = words_of(words, cols);
   const Shape shape{words.size(0), cols};
   check(patterns >= 1, "patterns: got ", patterns, ", expected at least 1");
+  check(taps >= 1 && cols % taps == 0, "taps: got ", taps, " for ", cols, " columns");
   const int64_t blocks = AlignedRows(shape.rows, patterns).all_blocks();
   Tensor tiles =
       empty({blocks, ceil_div(cols, kTileColumns), AlignedRows::kBlock}, ScalarType::Int);
-  aligned_tiles(bits, shape, patterns, new_words(tiles), exec());
+  aligned_tiles(bits, shape, patterns, taps, new_words(tiles), exec());
   return tiles;
 }
 
@@ -275,24 +276,52 @@ Epilogue epilogue_of(const Tensor& affine, const std::string& activation,
       residual ? floats_of("residual", *residual, outputs) : nullptr};
 }
 
-AlignedLinear aligned_of(
-    const Tensor& x, Shape shape, const Tensor& values, const Tensor& tiles, int64_t rows) {
-  const int64_t period = period_of(values, rows * shape.cols);
-  const int64_t patterns = std::max<int64_t>(period / std::max<int64_t>(shape.cols, 1), 1);
-  check(shape.cols % period == 0 || period == patterns * shape.cols, "values: period ", period,
-      " does not align with rows of ", shape.cols);
+// The patches that a convolution of images x [B, H, W, C] multiplies. Its geometry is kernel,
+// stride, padding and dilation, height before width; empty if x is the tokens.
+Patches patches_of(const Tensor& x, const std::vector<int64_t>& geometry) {
+  if (geometry.empty())
+    return {};
+  check(geometry.size() == 8, "geometry: got ", geometry.size(), " numbers, expected 8");
+  check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
+  const int64_t* g = geometry.data();
+  for (int i = 0; i < 8; ++i)
+    check(g[i] >= (i / 2 == 2 ? 0 : 1), "geometry: got ", g[i], " at ", i);
+  const auto outputs = [&](int64_t size, int i) {
+    const int64_t spare = size + 2 * g[4 + i] - g[6 + i] * (g[i] - 1) - 1;
+    check(spare >= 0, "x: smaller than the kernel");
+    return spare / g[2 + i] + 1;
+  };
+  const int64_t height = x.size(1), width = x.size(2);
+  return {height, width, x.size(3), outputs(height, 0), outputs(width, 1), g[0], g[1], g[2], g[3],
+      g[4], g[5], g[6], g[7]};
+}
+
+// x is [M, K], or images [B, H, W, C]: of pixels, or of the patches of a geometry.
+AlignedLinear aligned_of(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
+    const std::vector<int64_t>& geometry) {
+  const Patches patches = patches_of(x, geometry);
+  check(x.dim() == 2 || x.dim() == 4, "x: ", x.dim(), " dimensions, expected 2 or 4");
+  const int64_t last = x.size(x.dim() - 1);
+  const int64_t tokens = patches        ? x.size(0) * patches.out_height * patches.out_width
+                         : x.dim() == 2 ? x.size(0)
+                                        : x.size(0) * x.size(1) * x.size(2);
+  const int64_t cols = patches ? patches.kernel_h * patches.kernel_w * last : last;
+  const int64_t period = period_of(values, rows * cols);
+  const int64_t patterns = std::max<int64_t>(period / std::max<int64_t>(cols, 1), 1);
+  check(cols % period == 0 || period == patterns * cols, "values: period ", period,
+      " does not align with rows of ", cols);
   check_dense("tiles", tiles, ScalarType::Int);
-  const int64_t count = AlignedRows(rows, patterns).all_blocks() *
-                        ceil_div(shape.cols, kTileColumns) * AlignedRows::kBlock;
+  const int64_t count =
+      AlignedRows(rows, patterns).all_blocks() * ceil_div(cols, kTileColumns) * AlignedRows::kBlock;
   check(tiles.numel() == count, "tiles: ", tiles.numel(), " words, expected ", count);
-  return {floats_of("x", x, shape.elements()), floats_of("values", values, values.numel()), period,
-      patterns, static_cast<const uint32_t*>(tiles.const_data_ptr()), nullptr, 1.0f, shape.rows,
-      rows, shape.cols, nullptr};
+  return {floats_of("x", x, x.numel()), floats_of("values", values, values.numel()), period,
+      patterns, static_cast<const uint32_t*>(tiles.const_data_ptr()), nullptr, 1.0f, tokens, rows,
+      cols, nullptr, {}, patches};
 }
 
 Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
-    const OptionalTensor& bias, const OptionalTensor& scale) {
-  AlignedLinear params = aligned_of(x, matrix("x", x), values, tiles, rows);
+    const OptionalTensor& bias, const OptionalTensor& scale, const std::vector<int64_t>& geometry) {
+  AlignedLinear params = aligned_of(x, values, tiles, rows, geometry);
   params.bias = bias ? floats_of("bias", *bias, rows) : nullptr;
   params.scale = scale_of(scale);
   Tensor y = empty({params.tokens, rows}, ScalarType::Float);
@@ -318,15 +347,13 @@ Tensor compact_linear_op(const Tensor& x, const Tensor& kept, const Tensor& star
   return y;
 }
 
-// aligned_linear over the pixels of x [B, H, W, C], with an epilogue, to y [B, H, W, rows].
+// aligned_linear with an epilogue, to y [tokens, rows].
 void aligned_linear_fused_op(Tensor y, const Tensor& x, const Tensor& values, const Tensor& tiles,
     int64_t rows, const Tensor& affine, const std::string& activation,
-    const OptionalTensor& residual) {
-  check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
-  const Shape shape{x.size(0) * x.size(1) * x.size(2), x.size(3)};
-  AlignedLinear params = aligned_of(x, shape, values, tiles, rows);
+    const OptionalTensor& residual, const std::vector<int64_t>& geometry) {
+  AlignedLinear params = aligned_of(x, values, tiles, rows, geometry);
   check(params.patterns == 1, "values: ", params.patterns, " row patterns, expected 1");
-  floats_of("y", y, shape.rows * rows);
+  floats_of("y", y, params.tokens * rows);
   params.y = y.mutable_data_ptr<float>();
   params.epilogue = epilogue_of(affine, activation, residual, y.numel(), rows);
   aligned_linear(params, exec());
@@ -459,13 +486,13 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("decode_(Tensor(a!) out, Tensor values, Tensor words, int row, int taps=1) -> ()");
   m.def("masked_linear(Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale) -> "
         "Tensor");
-  m.def("aligned_tiles(Tensor words, int cols, int patterns) -> Tensor");
+  m.def("aligned_tiles(Tensor words, int cols, int patterns, int taps) -> Tensor");
   m.def("aligned_linear(Tensor x, Tensor values, Tensor tiles, int rows, Tensor? bias, "
-        "Tensor? scale) -> Tensor");
+        "Tensor? scale, int[] geometry) -> Tensor");
   m.def("compact_linear(Tensor x, Tensor kept, Tensor starts, Tensor words, Tensor? bias, "
         "Tensor? scale) -> Tensor");
   m.def("aligned_linear_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor tiles, int rows, "
-        "Tensor affine, str activation, Tensor? residual) -> ()");
+        "Tensor affine, str activation, Tensor? residual, int[] geometry) -> ()");
   m.def("depthwise_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor words, int kernel_h, "
         "int kernel_w, int pad_h, int pad_w, Tensor affine, str activation, Tensor? residual) -> "
         "()");

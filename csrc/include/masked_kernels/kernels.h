@@ -144,9 +144,21 @@ class AlignedRows {
 constexpr int64_t kTileColumns = 30;
 
 // tiles [all blocks, ceil(cols / 30), 16] = the bits of each block, one lane a row, 0 for rows that
-// are not there
-void aligned_tiles(
-    const uint32_t* words, Shape shape, int64_t patterns, uint32_t* tiles, const Exec& exec);
+// are not there. With taps > 1 the columns, [cols / taps, taps], become [taps, cols / taps].
+void aligned_tiles(const uint32_t* words, Shape shape, int64_t patterns, int64_t taps,
+    uint32_t* tiles, const Exec& exec);
+
+// What a convolution of images [B, height, width, channels] multiplies: for each output pixel a
+// patch [kernel_h, kernel_w, channels], 0 where there is no input.
+struct Patches {
+  int64_t height, width, channels, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+
+  explicit operator bool() const { return kernel_h > 0; }
+
+  // to [count, stride] = patches [first, first + count)
+  void copy(const float* images, int64_t first, int64_t count, float* to, int64_t stride) const;
+};
 
 // As masked_linear, for a period that divides K (patterns = 1) or is patterns * K.
 struct AlignedLinear {
@@ -159,6 +171,7 @@ struct AlignedLinear {
   int64_t tokens, rows, cols; // M, N, K
   float* y;
   Epilogue epilogue = {}; // only with one pattern
+  Patches patches = {};   // of images x that are the tokens; else x [M, K] is
 };
 void aligned_linear(const AlignedLinear& params, const Exec& exec);
 

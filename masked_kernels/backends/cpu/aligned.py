@@ -1,6 +1,8 @@
-"""``aligned_linear``: prototypes whose period fits the rows, multiplied by their bits alone."""
+"""``aligned_linear``: prototypes whose period fits the rows, multiplied by their bits alone; as a
+convolution over the patches of an image.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,18 +12,29 @@ from ._relaid import relaid
 from .bits import transpose
 from .plan import row_patterns
 
+Geometry = Sequence[int]
+"""Kernel, stride, padding and dilation of a convolution, height before width; or nothing."""
+
 
 def aligned_linear(
-    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    geometry: Geometry = (),
 ) -> Tensor:
-    patterns = row_patterns(x.shape[1], values.numel()) or 1
+    """For tokens x ``[M, K]``; with a geometry for the patches of images x ``[B, H, W, C]``."""
+    cols, taps = _row(x, geometry)
+    patterns = row_patterns(cols, values.numel()) or 1
     y: Tensor = native().aligned_linear(
         as_float(x),
-        as_float(values),
-        _tiles(words, x.shape[1], patterns),
+        _by_tap(as_float(values), cols, taps),
+        _tiles(words, cols, patterns, taps),
         words.shape[0],
         optional_float(bias),
         optional_float(scale),
+        geometry,
     )
     return y if x.dtype == y.dtype else y.to(x.dtype)
 
@@ -33,7 +46,7 @@ def bind_aligned_linear(
     rows, cols = words.shape[0], x.shape[1]
     tiles = _tiles(words, cols, row_patterns(cols, values.numel()) or 1)
     run = native().aligned_linear.default
-    return lambda x: run(x, values, tiles, rows, bias, scale)
+    return lambda x: run(x, values, tiles, rows, bias, scale, ())
 
 
 def aligned_linear_fused_(
@@ -44,11 +57,22 @@ def aligned_linear_fused_(
     affine: Tensor,
     activation: str,
     residual: Tensor | None,
+    geometry: Geometry = (),
 ) -> None:
-    """Over the pixels of x ``[B, H, W, C]``, for one row pattern, into y ``[B, H, W, N]``."""
-    tiles = _tiles(words, x.shape[3], 1)
+    """Over the pixels or the patches of x ``[B, H, W, C]``, for one row pattern, into y
+    ``[B, H', W', N]``.
+    """
+    cols, taps = _row(x, geometry)
     native().aligned_linear_fused_(
-        y, x, as_float(values), tiles, words.shape[0], affine, activation, residual
+        y,
+        x,
+        _by_tap(as_float(values), cols, taps),
+        _tiles(words, cols, 1, taps),
+        words.shape[0],
+        affine,
+        activation,
+        residual,
+        geometry,
     )
 
 
@@ -64,21 +88,35 @@ def aligned_linear_grad_x(
     grad_x = row_values.new_empty(1, 1, grad_y.shape[0], cols)
     for pattern in range(patterns):
         bits = transpose(words[pattern::patterns], cols)
-        tiles = native().aligned_tiles(bits, words[pattern::patterns].shape[0], 1)
+        tiles = native().aligned_tiles(bits, words[pattern::patterns].shape[0], 1, 1)
         torch.mul(row_values[pattern], 1 if scale is None else scale, out=affine[0])
         grad_tokens = as_float(grad_y[:, pattern::patterns])[None, None]
         others = grad_x if pattern else None
         native().aligned_linear_fused_(
-            grad_x, grad_tokens, one, tiles, cols, affine, "identity", others
+            grad_x, grad_tokens, one, tiles, cols, affine, "identity", others, ()
         )
     return grad_x.view(-1, cols).to(grad_y.dtype)
 
 
-def _tiles(words: Tensor, cols: int, patterns: int) -> Tensor:
+def _row(x: Tensor, geometry: Geometry) -> tuple[int, int]:
+    """The columns of a weight row, and how many of them are taps of one channel."""
+    taps = geometry[0] * geometry[1] if geometry else 1
+    return x.shape[-1] * taps, taps
+
+
+def _by_tap(values: Tensor, cols: int, taps: int) -> Tensor:
+    """The row patterns ``[C, taps]`` as ``[taps, C]``, the order of a patch."""
+    if taps == 1:
+        return values
+    rows = values.repeat(max(cols // values.numel(), 1)).view(-1, cols // taps, taps)
+    return rows.transpose(1, 2).reshape(-1)
+
+
+def _tiles(words: Tensor, cols: int, patterns: int, taps: int = 1) -> Tensor:
     """The words as ``aligned_linear`` reads them."""
     tiles: Tensor = relaid(
         words,
-        ("aligned", cols, patterns),
-        lambda: native().aligned_tiles(words.contiguous(), cols, patterns),
+        ("aligned", cols, patterns, taps),
+        lambda: native().aligned_tiles(words.contiguous(), cols, patterns, taps),
     )
     return tiles

@@ -1,5 +1,6 @@
 """Masked convolutions, forward and backward."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,11 +11,13 @@ from torch.nn.grad import conv2d_weight
 from .._layout import conv_memory_format
 from ._native import isa, scaled_
 from ._scratch import decoded
-from .depthwise import depthwise, depthwise_grad_weight, depthwise_grad_x, is_depthwise
+from .aligned import Geometry, aligned_linear
+from .depthwise import as_pixels, depthwise, depthwise_grad_weight, depthwise_grad_x, is_depthwise
 from .grad import apply_scores, masked_
 from .linear import masked_linear, masked_linear_grad_x
 from .plan import linear_plan
 
+_MANY_CHANNELS = 16  # worth copying at once
 _MANY_PIXELS = 1024  # 256 pixels favour the matrix product 1.5 times, 25,088 the convolution 1.2
 
 
@@ -38,9 +41,42 @@ def masked_conv2d(
     size = (words.shape[0], x.shape[1] // groups, *kernel_size)
     if is_depthwise(x, size, stride, dilation, groups):
         return depthwise(x, values, words, bias, scale, kernel_size, padding)
+    geometry = [*kernel_size, *stride, *padding, *dilation]
+    if memory_format == torch.channels_last and is_aligned_conv2d(
+        as_pixels(x), values, words, geometry, groups
+    ):
+        tokens = aligned_linear(as_pixels(x), values, words, bias, scale, geometry)
+        spatial = out_size(x.shape[2:], geometry)
+        return tokens.view(x.shape[0], *spatial, -1).permute(0, 3, 1, 2)
     weight = _conv_weight(x, values, words, scale, x.shape[1] // groups, kernel_size)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return y.contiguous(memory_format=memory_format)
+
+
+def is_aligned_conv2d(
+    pixels: Tensor,  # [B, H, W, C]
+    values: Tensor,
+    words: Tensor,
+    geometry: Geometry,
+    groups: int,
+) -> bool:
+    """Whether the bits of an aligned prototype are best multiplied with the patches of an image."""
+    batch, *size, channels = pixels.shape
+    taps = geometry[0] * geometry[1]
+    if groups != 1 or channels < _MANY_CHANNELS or pixels.dtype != torch.float32:
+        return False
+    tokens = batch * math.prod(out_size(size, geometry))
+    sizes = tokens, words.shape[0], channels * taps, values.numel()
+    return linear_plan(*sizes, pixels.dtype, isa()) == "aligned"
+
+
+def out_size(size: Sequence[int], geometry: Geometry) -> list[int]:
+    """The height and width of a convolution's outputs."""
+    pairs = (geometry[i : i + 2] for i in range(0, 8, 2))
+    return [
+        (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for length, kernel, stride, padding, dilation in zip(size, *pairs, strict=True)
+    ]
 
 
 def masked_conv2d_grad_x(

@@ -1,5 +1,6 @@
 """Convolution, norms, activation and residual as one op, for inference."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from .. import _fused
 from ._native import isa, native
 from .aligned import aligned_linear_fused_
-from .conv2d import masked_conv2d
+from .conv2d import is_aligned_conv2d, masked_conv2d, out_size
 from .depthwise import as_pixels, depthwise_fused_
 from .linear import masked_linear
 from .plan import linear_plan, row_patterns
@@ -76,10 +77,7 @@ def masked_conv2d_chain(
 
 def _size(size: torch.Size, words: Tensor, geometry: tuple[Any, ...]) -> torch.Size:
     """``[B, H', W', N]`` from ``[B, H, W, C]``."""
-    spatial = (
-        (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for length, kernel, stride, padding, dilation in zip(size[1:3], *geometry[:4], strict=True)
-    )
+    spatial = out_size(size[1:3], [*itertools.chain(*geometry[:4])])
     return torch.Size((size[0], *spatial, words.shape[0]))
 
 
@@ -98,22 +96,27 @@ def _fused_(
         depthwise_fused_(y, x, values, words, affine, activation, residual, kernel_size, padding)
         return
     tokens, outputs = x.shape[:3].numel(), words.shape[0]
+    flat = [*kernel_size, *stride, *padding, *dilation]
+    one_pattern = row_patterns(channels * kernel_size[0] * kernel_size[1], values.numel()) == 1
     if groups == 1 and [*kernel_size, *stride, *padding] == [1, 1, 1, 1, 0, 0]:
         plan = linear_plan(tokens, outputs, channels, values.numel(), x.dtype, isa())
-        if plan == "aligned" and row_patterns(channels, values.numel()) == 1:
+        if plan == "aligned" and one_pattern:
             aligned_linear_fused_(y, x, values, words, affine, activation, residual)
             return
         products = masked_linear(x.view(tokens, channels), values, words, None, None)
     elif groups == 1 and [*stride, *padding, *dilation] == [*kernel_size, 0, 0, 1, 1]:
         patches = _as_patches(x, kernel_size)
         products = masked_linear(patches, values, words, None, None)
+    elif is_aligned_conv2d(x, values, words, flat, groups) and one_pattern:
+        aligned_linear_fused_(y, x, values, words, affine, activation, residual, flat)
+        return
     else:
         image = masked_conv2d(x.permute(0, 3, 1, 2), values, words, None, None, *geometry)
         products = image.permute(0, 2, 3, 1)
     y.copy_(products.reshape(y.shape))
-    flat = y.view(y.shape[:3].numel(), outputs)
+    flat_y = y.view(y.shape[:3].numel(), outputs)
     native().finish_(
-        flat, affine, activation, None if residual is None else residual.view(flat.shape)
+        flat_y, affine, activation, None if residual is None else residual.view(flat_y.shape)
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backends import select
 from .backends._fused import masked_conv2d_chain as chain
-from .backends._layout import at_least_float32, conv_memory_format, words_per_row
+from .backends._layout import at_least_float32, conv_memory_format, conv_size, words_per_row
 
 _library = torch.library.Library("masked_kernels", "DEF")
 
@@ -89,10 +89,6 @@ def _fake_image(x: Tensor) -> Tensor:
     return x.new_empty(x.shape).contiguous(memory_format=conv_memory_format(x))
 
 
-def _fake_conv_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
 def _fake_masked_conv2d(
     x: Tensor,
     values: Tensor,
@@ -106,7 +102,7 @@ def _fake_masked_conv2d(
     groups: int,
     backend: str,
 ) -> Tensor:
-    spatial = map(_fake_conv_size, x.shape[2:], kernel_size, stride, padding, dilation)
+    spatial = map(conv_size, x.shape[2:], kernel_size, stride, padding, dilation)
     return x.new_empty((x.shape[0], words.shape[0], *spatial)).contiguous(
         memory_format=conv_memory_format(x)
     )
@@ -121,7 +117,7 @@ def _fake_masked_conv2d_fused(
     residual: Tensor | None,
     *geometry: Any,
 ) -> Tensor:
-    spatial = map(_fake_conv_size, x.shape[2:], *geometry[:4])
+    spatial = map(conv_size, x.shape[2:], *geometry[:4])
     return torch.empty(
         (x.shape[0], words.shape[0], *spatial),
         dtype=x.dtype,

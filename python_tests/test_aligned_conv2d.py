@@ -85,3 +85,14 @@ def test_no_output() -> None:
     words = _ops.pack(mask.flatten(1), "cpu")
     y = _ops.masked_conv2d(x[:0], values, words, None, None, *GEOMETRIES["3x3"], 1, "cpu")
     assert y.shape == (0, 5, 5, 6)
+
+
+def test_follows_the_values() -> None:
+    """What is kept of a prototype is made anew when its values change."""
+    kernel, *rest = GEOMETRIES["3x3"]
+    x, values, _, mask = problem(20, kernel, 4, 1)
+    words = _ops.pack(mask.flatten(1), "cpu")
+    first = _ops.masked_conv2d(x, values, words, None, None, kernel, *rest, 1, "cpu")
+    values.mul_(2)
+    again = _ops.masked_conv2d(x, values, words, None, None, kernel, *rest, 1, "cpu")
+    assert torch.equal(again, 2 * first)

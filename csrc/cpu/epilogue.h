@@ -7,7 +7,6 @@
 
 namespace masked_kernels {
 
-// The epilogue of outputs `v` of `count` channels from `channel` on; y[at] is the first.
 // v * gain + shift, for `count` channels from `channel` on
 template <int kLanes>
 MK_INLINE Floats<kLanes> transformed(

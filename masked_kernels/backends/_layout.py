@@ -21,3 +21,8 @@ def conv_memory_format(x: Tensor) -> torch.memory_format:
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """What statistics and sums over images of the dtype are kept in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def conv_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Of a convolution's output, in one dimension."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

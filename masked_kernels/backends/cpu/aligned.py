@@ -29,7 +29,7 @@ def aligned_linear(
     patterns = row_patterns(cols, values.numel()) or 1
     y: Tensor = native().aligned_linear(
         as_float(x),
-        _by_tap(as_float(values), cols, taps),
+        _by_tap(values, cols, taps),
         _tiles(words, cols, patterns, taps),
         words.shape[0],
         optional_float(bias),
@@ -66,7 +66,7 @@ def aligned_linear_fused_(
     native().aligned_linear_fused_(
         y,
         x,
-        _by_tap(as_float(values), cols, taps),
+        _by_tap(values, cols, taps),
         _tiles(words, cols, 1, taps),
         words.shape[0],
         affine,
@@ -105,11 +105,13 @@ def _row(x: Tensor, geometry: Geometry) -> tuple[int, int]:
 
 
 def _by_tap(values: Tensor, cols: int, taps: int) -> Tensor:
-    """The row patterns ``[C, taps]`` as ``[taps, C]``, the order of a patch."""
-    if taps == 1:
-        return values
-    rows = values.repeat(max(cols // values.numel(), 1)).view(-1, cols // taps, taps)
-    return rows.transpose(1, 2).reshape(-1)
+    """The row patterns ``[C, taps]`` as ``[taps, C]``, the order of a patch; float32."""
+
+    def turned() -> Tensor:
+        rows = as_float(values).repeat(max(cols // values.numel(), 1)).view(-1, cols // taps, taps)
+        return rows.transpose(1, 2).reshape(-1)
+
+    return as_float(values) if taps == 1 else relaid(values, ("by tap", cols, taps), turned)
 
 
 def _tiles(words: Tensor, cols: int, patterns: int, taps: int = 1) -> Tensor:

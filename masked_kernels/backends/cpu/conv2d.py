@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from .._layout import conv_memory_format
+from .._layout import conv_memory_format, conv_size
 from ._native import isa, scaled_
 from ._scratch import decoded
 from .aligned import Geometry, aligned_linear
@@ -63,7 +63,7 @@ def is_aligned_conv2d(
     """Whether the bits of an aligned prototype are best multiplied with the patches of an image."""
     batch, *size, channels = pixels.shape
     taps = geometry[0] * geometry[1]
-    if groups != 1 or channels < _MANY_CHANNELS or pixels.dtype != torch.float32:
+    if groups != 1 or pixels.dtype != torch.float32 or (taps > 1 and channels < _MANY_CHANNELS):
         return False
     tokens = batch * math.prod(out_size(size, geometry))
     sizes = tokens, words.shape[0], channels * taps, values.numel()
@@ -72,11 +72,7 @@ def is_aligned_conv2d(
 
 def out_size(size: Sequence[int], geometry: Geometry) -> list[int]:
     """The height and width of a convolution's outputs."""
-    pairs = (geometry[i : i + 2] for i in range(0, 8, 2))
-    return [
-        (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for length, kernel, stride, padding, dilation in zip(size, *pairs, strict=True)
-    ]
+    return [*map(conv_size, size, *(geometry[i : i + 2] for i in range(0, 8, 2)))]
 
 
 def masked_conv2d_grad_x(

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from .. import _fused
-from ._native import isa, native
+from ._native import native
 from .aligned import aligned_linear_fused_
 from .conv2d import is_aligned_conv2d, masked_conv2d, out_size
 from .depthwise import as_pixels, depthwise_fused_
 from .linear import masked_linear
-from .plan import linear_plan, row_patterns
+from .plan import row_patterns
 
 _SLICE_BYTES = 1 << 20  # of an activation, for each thread: two of them stay in the L2 cache
 
@@ -95,21 +95,16 @@ def _fused_(
     if groups == channels == words.shape[0] and [*stride, *dilation] == [1, 1, 1, 1]:
         depthwise_fused_(y, x, values, words, affine, activation, residual, kernel_size, padding)
         return
-    tokens, outputs = x.shape[:3].numel(), words.shape[0]
+    outputs = words.shape[0]
     flat = [*kernel_size, *stride, *padding, *dilation]
-    one_pattern = row_patterns(channels * kernel_size[0] * kernel_size[1], values.numel()) == 1
-    if groups == 1 and [*kernel_size, *stride, *padding] == [1, 1, 1, 1, 0, 0]:
-        plan = linear_plan(tokens, outputs, channels, values.numel(), x.dtype, isa())
-        if plan == "aligned" and one_pattern:
-            aligned_linear_fused_(y, x, values, words, affine, activation, residual)
-            return
-        products = masked_linear(x.view(tokens, channels), values, words, None, None)
-    elif groups == 1 and [*stride, *padding, *dilation] == [*kernel_size, 0, 0, 1, 1]:
-        patches = _as_patches(x, kernel_size)
-        products = masked_linear(patches, values, words, None, None)
-    elif is_aligned_conv2d(x, values, words, flat, groups) and one_pattern:
+    cols = channels * kernel_size[0] * kernel_size[1]
+    if row_patterns(cols, values.numel()) == 1 and is_aligned_conv2d(
+        x, values, words, flat, groups
+    ):
         aligned_linear_fused_(y, x, values, words, affine, activation, residual, flat)
         return
+    if groups == 1 and [*stride, *padding, *dilation] == [*kernel_size, 0, 0, 1, 1]:
+        products = masked_linear(_as_patches(x, kernel_size), values, words, None, None)
     else:
         image = masked_conv2d(x.permute(0, 3, 1, 2), values, words, None, None, *geometry)
         products = image.permute(0, 2, 3, 1)

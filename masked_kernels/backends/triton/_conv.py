@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import conv_memory_format
+from .._layout import conv_memory_format, conv_size
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,8 @@ class Geometry:
 
     @property
     def out_size(self) -> tuple[int, int]:
-        spans = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        height, width = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in spans
-        )
+        spans = (self.size, self.kernel, self.stride, self.padding, self.dilation)
+        height, width = map(conv_size, *spans)
         return height, width
 
     @property

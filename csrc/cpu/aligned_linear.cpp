@@ -32,17 +32,23 @@ struct Block {
   // The first to y, with `stride` floats from token to token, as they leave the layer.
   template <int kLanes>
   MK_INLINE void store_to(float* y, int64_t stride) const {
-    const Block b = *this; // and parameters of its own, which no store to y can change
-    const AlignedLinear p = b.params;
-    for (int64_t i = 0; i < b.rows; i += kLanes)
-      for (int64_t t = 0; t < b.tokens; ++t) {
-        const int64_t count = b.rows - i, row = b.row + i;
-        Floats<kLanes> v =
-            load<kLanes>(b.sums + t * kBlockRows + i) * p.scale + load<kLanes>(b.bias + i);
-        if (p.epilogue)
-          v = finished<kLanes>(p.epilogue, v, row, (b.token + t) * p.rows + row, count);
-        store<kLanes>(y + t * stride + i, v, count);
+    const Block b = *this; // which no store to y can change, unlike what it points to
+    const int64_t row_floats = b.params.rows;
+    for (int64_t i = 0; i < b.rows; i += kLanes) {
+      const float* from = b.sums + i;
+      const int64_t count = b.rows - i;
+      float* to = y + i;
+      if (b.params.epilogue) {
+        const Finish<kLanes> finish(b.params.epilogue, b.row + i, count);
+        int64_t at = b.token * row_floats + b.row + i;
+        for (int64_t t = 0; t < b.tokens; ++t, from += kBlockRows, to += stride, at += row_floats)
+          store<kLanes>(to, finish(load<kLanes>(from), at), count);
+      } else {
+        const Floats<kLanes> scale = splat<kLanes>(b.params.scale), bias = load<kLanes>(b.bias + i);
+        for (int64_t t = 0; t < b.tokens; ++t, from += kBlockRows, to += stride)
+          store<kLanes>(to, load<kLanes>(from) * scale + bias, count);
       }
+    }
   }
 };
 using Store = void (*)(const Block& block, float* y, int64_t stride);
@@ -165,29 +171,35 @@ void multiply_tile(const AlignedLinear& p, const Tile& tile, const Kernels& kern
   if (words == 0)
     std::fill_n(space.sums.get(), tile.blocks() * pass.tokens, Vector{});
   const float* y = p.y + tokens.first * p.rows;
-  const Ahead y_ahead{y, y + tokens.count * p.rows};
-  int64_t part = 0;
-  const int64_t calls = tile.blocks() / pass.blocks + tile.blocks() % pass.blocks;
-  const int64_t parts = ceil_div(words, pass.words) * calls;
+  Ahead y_ahead{y, y + tokens.count * p.rows}, x_ahead = tokens.next;
+  const int64_t calls = std::max<int64_t>(ceil_div(words, pass.words), 1) *
+                        (tile.blocks() / pass.blocks + tile.blocks() % pass.blocks);
+  const int64_t y_lines = ceil_div(y_ahead.lines(), calls),
+                x_lines = ceil_div(x_ahead.lines(), calls);
   for (int64_t word = 0; word < words; word += pass.words) {
     const int64_t count = std::min(pass.words, words - word);
     const int64_t col = word * kTileColumns, columns = count * kTileColumns;
     pass.build_tables({tokens.x + col, tokens.stride, tokens.count, std::min(columns, p.cols - col),
                           tile.values + col},
         columns, tables);
-    for (int64_t block = 0; block < tile.blocks(); ++part) {
+    for (int64_t block = 0; block < tile.blocks();) {
       const bool full = block + pass.blocks <= tile.blocks();
       const int64_t count_of = full ? pass.blocks : 1;
       Vector* sums = &space.sums[block * pass.tokens];
       if (word == 0)
         std::fill_n(sums, count_of * pass.tokens, Vector{});
       (full ? pass.kernel : pass.single)(tile.words + (block * words + word) * kBlockRows,
-          words * kBlockRows, count, tables, sums->lane, y_ahead.share(part, parts),
-          tokens.next.share(part, parts));
+          words * kBlockRows, count, tables, sums->lane, y_ahead.take(y_lines),
+          x_ahead.take(x_lines));
       block += count_of;
     }
   }
   store(p, tile, kernels, pass, tokens, space.sums.get());
+}
+
+// Whether threads share the tokens, else they share the rows.
+bool share_tokens(const AlignedLinear& p, const Passes& passes, const Exec& exec) {
+  return p.tokens >= 2 * passes.most * exec.parallel.threads();
 }
 
 // turned = the bits [cols / taps, taps] of a row as [taps, cols / taps]
@@ -256,6 +268,15 @@ void aligned_tiles(const uint32_t* words, Shape shape, int64_t patterns, int64_t
         });
 }
 
+// A pass stores its y after it has read all of its x. Another thread must not read it then, nor
+// another pass for more rows.
+bool can_be_in_place(const AlignedLinear& p, const Exec& exec) {
+  const Passes& passes = MK_BY_ISA(exec.isa, kPasses);
+  return p.rows == p.cols && p.patterns == 1 && !p.patches &&
+         AlignedRows(p.rows, 1).all_blocks() <= passes.blocks &&
+         (exec.parallel.threads() == 1 || share_tokens(p, passes, exec));
+}
+
 void aligned_linear(const AlignedLinear& p, const Exec& exec) {
   const Kernels kernels(exec.isa);
   const Passes& passes = kernels.passes;
@@ -294,7 +315,7 @@ void aligned_linear(const AlignedLinear& p, const Exec& exec) {
   constexpr int64_t kGrain = 1 << 18; // products worth waking a thread for
   const int64_t blocks = rows.all_blocks(), block = std::max<int64_t>(p.cols, 1) * kBlockRows;
   const int64_t unit = passes.unit(), units = ceil_div(p.tokens, unit);
-  if (p.tokens >= 2 * passes.most * exec.parallel.threads())
+  if (share_tokens(p, passes, exec))
     exec.parallel.run(
         0, units, ceil_div(kGrain, blocks * block * unit + 1), [&](int64_t begin, int64_t end) {
           multiply_all(0, blocks, begin * unit, std::min(end * unit, p.tokens));

@@ -285,18 +285,26 @@ MK_AVX2 void build_token_tables(const Columns& x, int64_t columns, float* tables
   for (int64_t k = 0; k < columns; k += kTableColumns, tables += kSubsets * kTokens)
 #pragma GCC unroll 2
     for (int v = 0; v < kTokens; v += kTokenLanes) {
-      _mm256_store_ps(tables + v, _mm256_setzero_ps());
-#pragma GCC unroll 8
-      for (int j = 0; j < kTableColumns; ++j) { // the subsets with column j and none after it
-        const __m256 column =
-            _mm256_mul_ps(_mm256_load_ps(&by_column[k + j][v]), _mm256_broadcast_ss(value + k + j));
-        const float* without = tables + v;
-        float* with = tables + v + (kTokens << j);
-#pragma GCC unroll 16
+      const auto column = [&](int j) MK_AVX2 {
+        return _mm256_mul_ps(
+            _mm256_load_ps(&by_column[k + j][v]), _mm256_broadcast_ss(value + k + j));
+      };
+      __m256 low[kSubsets / 4] = {_mm256_setzero_ps()}; // subsets of the first three columns
+#pragma GCC unroll 4
+      for (int j = 0; j < kTableColumns - 2; ++j) {
+        const __m256 with = column(j);
+#pragma GCC unroll 4
         for (int subset = 0; subset < 1 << j; ++subset)
-          _mm256_store_ps(with + subset * kTokens,
-              _mm256_add_ps(_mm256_load_ps(without + subset * kTokens), column));
+          low[subset + (1 << j)] = _mm256_add_ps(low[subset], with);
       }
+      const __m256 fourth = column(3), fifth = column(4);
+      const __m256 high[4] = {_mm256_setzero_ps(), fourth, fifth, _mm256_add_ps(fourth, fifth)};
+#pragma GCC unroll 4
+      for (int h = 0; h < 4; ++h)
+#pragma GCC unroll 8
+        for (int subset = 0; subset < kSubsets / 4; ++subset)
+          _mm256_store_ps(tables + (h * (kSubsets / 4) + subset) * kTokens + v,
+              h == 0 ? low[subset] : _mm256_add_ps(low[subset], high[h]));
     }
 }
 
@@ -365,9 +373,13 @@ MK_AVX512 MK_INLINE void add_run(
 template <int kBlocks, int kTokens>
 MK_AVX512 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t words,
     const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
+  Ahead y_rest = y_ahead, x_rest = x_ahead;
+  const int64_t runs = ceil_div(words, kRunWords);
+  const int64_t y_lines = ceil_div(y_ahead.lines(), runs),
+                x_lines = ceil_div(x_ahead.lines(), runs);
   for (int64_t word = 0; word < words; word += kRunWords) {
-    y_ahead.share(word / kRunWords, ceil_div(words, kRunWords)).fetch();
-    x_ahead.share(word / kRunWords, ceil_div(words, kRunWords)).fetch();
+    y_rest.take(y_lines).fetch();
+    x_rest.take(x_lines).fetch();
     add_run<kBlocks, kTokens>(tiles + word * kBlockRows, tile_stride,
         std::min(kRunWords, words - word), tables + word * kTokens * kTableFloats, sums);
   }

@@ -39,41 +39,26 @@ int64_t copied_width(const DepthwiseConv2d& p) {
   return ceil_div(p.out_width(), kColumns) * kColumns + p.kernel_w - 1;
 }
 
-// kColumns outputs of which `count` are stored, from the column that `x` [rows, copied_width,
-// lanes] begins with. kWidth is that of the kernel, or 0 for any. y[at] is the first output.
+// sums [kColumns, lanes] = outputs of one row, from the column that `x` [rows, copied_width, lanes]
+// begins with. kWidth is the width of the kernel, or 0 for any.
 template <int kLanes, int kWidth, int kColumns>
-MK_INLINE void convolve_columns(const DepthwiseConv2d& p, const float* filter, const float* x,
-    int64_t count, int64_t channel, int64_t at) {
-  const int64_t row_floats = copied_width(p) * kLanes;
-  Floats<kLanes> sums[kColumns] = {};
-  for (int64_t i = 0; i < p.kernel_h; ++i, x += row_floats) {
-    if constexpr (kWidth == 0) {
-      for (int64_t j = 0; j < p.kernel_w; ++j, filter += kLanes) {
-        const auto w = load<kLanes>(filter);
+MK_INLINE void convolve_columns(
+    const DepthwiseConv2d& p, const float* filter, const float* x, float* sums) {
+  const int64_t width = kWidth > 0 ? kWidth : p.kernel_w;
+  const int64_t skipped = (copied_width(p) - width) * kLanes;
+  Floats<kLanes> sum[kColumns] = {};
+  for (int64_t i = 0; i < p.kernel_h; ++i, x += skipped)
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < width; ++j, x += kLanes, filter += kLanes) {
+      asm("" : "+r"(x)); // GCC would keep pixels for later columns, and spills
+      const auto w = load<kLanes>(filter);
 #pragma GCC unroll 8
-        for (int c = 0; c < kColumns; ++c)
-          sums[c] += load<kLanes>(x + (j + c) * kLanes) * w;
-      }
-    } else {
-      Floats<kLanes> row[kWidth];
-#pragma GCC unroll 16
-      for (int j = 0; j < kWidth; ++j, filter += kLanes)
-        row[j] = load<kLanes>(filter);
-#pragma GCC unroll 16
-      for (int column = 0; column < kColumns + kWidth - 1; ++column) {
-        const auto pixel = load<kLanes>(x + column * kLanes); // for all outputs that it adds to
-#pragma GCC unroll 16
-        for (int j = 0; j < kWidth; ++j)
-          if (column - j >= 0 && column - j < kColumns)
-            sums[column - j] += pixel * row[j];
-      }
+      for (int c = 0; c < kColumns; ++c)
+        sum[c] += load<kLanes>(x + c * kLanes) * w;
     }
-  }
-  const int64_t lanes = p.channels - channel;
 #pragma GCC unroll 8
-  for (int c = 0; c < kColumns; ++c, at += p.channels)
-    if (c < count)
-      store<kLanes>(p.y + at, finished<kLanes>(p.epilogue, sums[c], channel, at, lanes), lanes);
+  for (int c = 0; c < kColumns; ++c)
+    store<kLanes>(sums + c * kLanes, sum[c]);
 }
 
 // copied [slices, rows, copied_width, lanes] = the input rows of a task, zeros where there is no
@@ -108,13 +93,22 @@ template <int kLanes>
 MK_INLINE void load_filters(const DepthwiseConv2d& p, int64_t channel, float* filters) {
   const int64_t taps = p.kernel_h * p.kernel_w, words = words_per_row(taps);
   int64_t next = channel * taps % p.period;
-  for (int64_t c = 0; c < std::min(kGroup, p.channels - channel); ++c)
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const uint32_t word = p.words[(channel + c) * words + tap / kWordBits];
-      filters[(c / kLanes * taps + tap) * kLanes + c % kLanes] =
-          word >> tap % kWordBits & 1 ? p.values[next] : 0.0f;
-      next = next + 1 == p.period ? 0 : next + 1;
+  for (int64_t c = 0; c < std::min(kGroup, p.channels - channel); ++c) {
+    float* out = filters + c / kLanes * taps * kLanes + c % kLanes;
+    int64_t count; // of taps in one word and one period
+    for (int64_t tap = 0; tap < taps; tap += count, out += count * kLanes) {
+      count = std::min({taps - tap, kWordBits - tap % kWordBits, p.period - next});
+      const uint32_t word = p.words[(channel + c) * words + tap / kWordBits] >> tap % kWordBits;
+      float kept[kWordBits]; // first, so that the compiler uses vectors
+      for (int64_t i = 0; i < count; ++i) {
+        const float value = p.values[next + i];
+        kept[i] = word >> i & 1 ? value : 0.0f;
+      }
+      for (int64_t i = 0; i < count; ++i)
+        out[i * kLanes] = kept[i];
+      next = next + count == p.period ? 0 : next + count;
     }
+  }
 }
 
 template <int kLanes, int kWidth>
@@ -124,22 +118,30 @@ MK_INLINE void convolve_body(const DepthwiseConv2d& p, const Task& task) {
   const int64_t slice = (band.rows() + p.kernel_h - 1) * width * kLanes;
   const int64_t end = std::min(task.channel + kGroup, p.channels);
   copy_rows<kLanes>(p, task, slice);
-  int64_t strip = 0;
+  float* const y = p.y;
+  Ahead x_ahead = task.x, y_ahead = task.y;
   const int64_t strips = band.rows() * ceil_div(p.out_width(), kColumns);
+  const int64_t x_lines = ceil_div(x_ahead.lines(), strips);
+  const int64_t y_lines = ceil_div(y_ahead.lines(), strips);
   for (int64_t row = band.row_begin; row < band.row_end; ++row)
-    for (int64_t column = 0; column < p.out_width(); column += kColumns, ++strip) {
-      task.x.share(strip, strips).fetch();
-      task.y.share(strip, strips).fetch();
+    for (int64_t column = 0; column < p.out_width(); column += kColumns) {
+      x_ahead.take(x_lines).fetch();
+      y_ahead.take(y_lines).fetch();
       const float* x = task.copied + ((row - band.row_begin) * width + column) * kLanes;
       const float* filters = task.filters;
-      const int64_t count = p.out_width() - column;
+      const int64_t count = std::min(kColumns, p.out_width() - column);
       const int64_t pixel = (band.image * p.out_height() + row) * p.out_width() + column;
       for (int64_t channel = task.channel; channel < end; channel += kLanes) {
-        const int64_t at = pixel * p.channels + channel;
+        alignas(64) float sums[kColumns * kLanes];
         if (count > kColumns / 2)
-          convolve_columns<kLanes, kWidth, kColumns>(p, filters, x, count, channel, at);
+          convolve_columns<kLanes, kWidth, kColumns>(p, filters, x, sums);
         else
-          convolve_columns<kLanes, kWidth, kColumns / 2>(p, filters, x, count, channel, at);
+          convolve_columns<kLanes, kWidth, kColumns / 2>(p, filters, x, sums);
+        const int64_t lanes = p.channels - channel;
+        const Finish<kLanes> finish(p.epilogue, channel, lanes);
+        int64_t at = pixel * p.channels + channel;
+        for (int64_t c = 0; c < count; ++c, at += p.channels)
+          store<kLanes>(y + at, finish(load<kLanes>(sums + c * kLanes), at), lanes);
         x += slice, filters += taps * kLanes;
       }
     }
@@ -186,13 +188,18 @@ Ahead share_of(const Band& band, const float* images, int64_t height, int64_t ro
       .share(part, parts);
 }
 
+// Rows of a band. What a task reads is copied before it writes; then bands of all rows can be in
+// place.
+int64_t band_rows_of(const DepthwiseConv2d& p) {
+  const int64_t row = std::max(copied_width(p) * kGroup, p.width * p.channels);
+  return std::min(std::max(kBandFloats / row, p.kernel_h), p.out_height());
+}
+
 template <int kWidth>
 void convolve_as(const DepthwiseConv2d& p, const Exec& exec) {
   const auto convolve = MK_BY_ISA(exec.isa, convolve<kWidth>);
   const auto load_filters = MK_BY_ISA(exec.isa, load_filters);
-  const int64_t copied_row = copied_width(p) * kGroup, x_row = p.width * p.channels;
-  const int64_t most = kBandFloats / std::max(copied_row, x_row);
-  const int64_t band_rows = std::min(std::max(most, p.kernel_h), p.out_height());
+  const int64_t copied_row = copied_width(p) * kGroup, band_rows = band_rows_of(p);
   const int64_t bands = ceil_div(p.out_height(), band_rows);
   const int64_t taps = p.kernel_h * p.kernel_w, groups = ceil_div(p.channels, kGroup);
   constexpr int64_t kGrain = 1 << 17; // products worth waking a thread for
@@ -224,6 +231,10 @@ void convolve_as(const DepthwiseConv2d& p, const Exec& exec) {
 }
 
 } // namespace
+
+bool can_be_in_place(const DepthwiseConv2d& p, const Exec&) {
+  return p.out_height() == p.height && p.out_width() == p.width && band_rows_of(p) == p.height;
+}
 
 void depthwise_conv2d(const DepthwiseConv2d& p, const Exec& exec) {
   if (p.batch * p.out_height() * p.out_width() * p.channels == 0)

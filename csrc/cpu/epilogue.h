@@ -7,25 +7,39 @@
 
 namespace masked_kernels {
 
-// v * gain + shift, for `count` channels from `channel` on
+// The epilogue of `count` channels from `channel` on, a vector or less. It holds all that it needs:
+// no store to the outputs can change it.
 template <int kLanes>
-MK_INLINE Floats<kLanes> transformed(
-    const Affine& affine, const Floats<kLanes>& v, int64_t channel, int64_t count) {
-  return v * load<kLanes>(affine.gain + channel, count) +
-         load<kLanes>(affine.shift + channel, count);
-}
+class Finish {
+ public:
+  MK_INLINE Finish(const Epilogue& epilogue, int64_t channel, int64_t count)
+      : before_(epilogue.before, channel, count), after_(epilogue.after, channel, count),
+        activation_(epilogue.activation), residual_(epilogue.residual), count_(count) {}
 
-// The epilogue of outputs `v` of `count` channels from `channel` on; y[at] is the first.
-template <int kLanes>
-MK_INLINE Floats<kLanes> finished(
-    const Epilogue& epilogue, const Floats<kLanes>& v, int64_t channel, int64_t at, int64_t count) {
-  Floats<kLanes> y = transformed<kLanes>(epilogue.before, v, channel, count);
-  if (epilogue.activation == Activation::gelu)
-    y = y * Normal<kLanes>(y).cdf;
-  else if (epilogue.activation == Activation::relu)
-    y = y < 0.0f ? Floats<kLanes>{} : y; // NaN stays NaN
-  y = transformed<kLanes>(epilogue.after, y, channel, count);
-  return epilogue.residual ? y + load<kLanes>(epilogue.residual + at, count) : y;
-}
+  // y[at] is the first of the outputs `v`.
+  MK_INLINE Floats<kLanes> operator()(const Floats<kLanes>& v, int64_t at) const {
+    Floats<kLanes> y = v * before_.gain + before_.shift;
+    if (activation_ == Activation::gelu)
+      y = gelu<kLanes>(y);
+    else if (activation_ == Activation::relu)
+      y = y < 0.0f ? Floats<kLanes>{} : y; // NaN stays NaN
+    y = y * after_.gain + after_.shift;
+    return residual_ ? y + load<kLanes>(residual_ + at, count_) : y;
+  }
+
+ private:
+  struct Channels {
+    Floats<kLanes> gain, shift;
+
+    MK_INLINE Channels(const Affine& affine, int64_t channel, int64_t count)
+        : gain(load<kLanes>(affine.gain + channel, count)),
+          shift(load<kLanes>(affine.shift + channel, count)) {}
+  };
+
+  Channels before_, after_;
+  Activation activation_;
+  const float* residual_;
+  int64_t count_;
+};
 
 } // namespace masked_kernels

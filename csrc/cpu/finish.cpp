@@ -14,8 +14,8 @@ struct Rows {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t channel = 0; channel < channels; channel += kLanes) {
         const int64_t at = row * channels + channel, count = channels - channel;
-        store<kLanes>(y + at,
-            finished<kLanes>(epilogue, load<kLanes>(y + at, count), channel, at, count), count);
+        const Finish<kLanes> finish(epilogue, channel, count);
+        store<kLanes>(y + at, finish(load<kLanes>(y + at, count), at), count);
       }
   }
 };

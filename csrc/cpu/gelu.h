@@ -1,13 +1,13 @@
-// GELU(x) = x * cdf(x) of the standard normal distribution, and its derivative.
-//
-// The tail of the distribution is exp(-x²/2) times a smooth function of |x|, here a polynomial: no
-// division, and where the polynomial is worst the exponential is smallest. Both were fitted for the
-// least largest error of the result: 2e-8 of the cdf, 2e-9 of the exponential.
+// GELU(x) = x * cdf(x), cdf that of the standard normal distribution, and what its derivative is
+// made of. All polynomials were fitted for the least largest error of the result.
 #pragma once
 
 #include "vector.h"
 
 namespace masked_kernels {
+
+// 1.5 * 2^23: a sum with it is rounded to an integer.
+constexpr float kRound = 12582912.0f;
 
 // Even and odd powers apart: half as many sums that wait for one another.
 template <int kLanes, int kTerms>
@@ -31,6 +31,9 @@ MK_INLINE Floats<kLanes> magnitude(const Floats<kLanes>& x) {
   return size;
 }
 
+// The tail of the distribution is exp(-x²/2) times a smooth function of |x|, here a polynomial: no
+// division, and where the polynomial is worst the exponential is smallest. The error is 2e-8 of the
+// cdf, 2e-9 of the exponential.
 template <int kLanes>
 struct Normal {
   Floats<kLanes> cdf;
@@ -38,7 +41,6 @@ struct Normal {
 
   MK_INLINE explicit Normal(const Floats<kLanes>& x) {
     constexpr float kHalfLog2e = 0.72134752f;
-    constexpr float kRound = 12582912.0f; // 1.5 * 2^23: a sum with it is rounded to an integer
     // Below 2^-64 the exponential counts as 0. Times a small gradient it would be subnormal, and
     // whatever reads subnormal numbers, matrix products above all, slows down many times over.
     constexpr float kLeast = -64.0f;
@@ -66,5 +68,56 @@ struct Normal {
     cdf = x > 0.0f ? 1.0f - tail : tail;
   }
 };
+
+// Each lane's entry of the table, by the two lowest bits of its index.
+template <int kLanes>
+MK_INLINE Floats<kLanes> looked_up(const float (&table)[4], const Floats<kLanes>& index) {
+  Floats<kLanes> tables, entries;
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4)
+    std::memcpy(reinterpret_cast<float*>(&tables) + i, table, sizeof table);
+  // No intrinsic: the instruction set is that of the function which this is inlined into.
+  asm("vpermilps %2, %1, %0" : "=v"(entries) : "v"(tables), "v"(index));
+  return entries;
+}
+
+// With wide vectors: max(x, 0) plus an even function, which is smooth on either side of 0. Four
+// polynomials of |x|, chosen by a permutation of their coefficients, take half the time of the
+// exponential. The error is 6e-9 before rounding, near 0 relative to GELU.
+template <int kLanes>
+MK_INLINE Floats<kLanes> gelu(const Floats<kLanes>& x) {
+  if constexpr (kLanes < 8) {
+    return x * Normal<kLanes>(x).cdf;
+  } else {
+    // Coefficients in powers of the distance from the centers 0, 1, 2 and 3 of |x| * kScale.
+    constexpr int kDegree = 9;
+    constexpr float kScale = 3.5f / 5.75f;
+    constexpr float kEnd = 5.7499995f; // where the last ends, and the function is 0
+    constexpr float kTerms[kDegree + 1][4] = {
+        {0.0f, -0.0824816748f, -0.00167118316f, -2.04123353e-06f},
+        {-0.821428597f, 0.196794406f, 0.00891062431f, 1.64804969e-05f},
+        {1.07673717f, -0.0976053104f, -0.0214313678f, -6.3757594e-05f},
+        {1.66348877e-06f, -0.163446292f, 0.0297936685f, 0.00015665502f},
+        {-0.484384924f, 0.238991573f, -0.024661053f, -0.000272717065f},
+        {0.000399646931f, -0.074599199f, 0.0093570929f, 0.000354719872f},
+        {0.193584085f, -0.0647434443f, 0.00376967271f, -0.000354254647f},
+        {0.00939316675f, 0.0536751337f, -0.00710062729f, 0.000272378966f},
+        {-0.0842308104f, 0.00394948479f, 0.00319379847f, -0.000149370215f},
+        {0.027399471f, -0.014328423f, 0.000126643703f, 4.2701151e-05f},
+    };
+    const Floats<kLanes> size = magnitude<kLanes>(x);
+    const Floats<kLanes> near = size < kEnd ? size : splat<kLanes>(kEnd);
+    const Floats<kLanes> center = near * kScale + kRound; // the low bits hold the integer
+    const Floats<kLanes> from_center = near * kScale - (center - kRound);
+    const Floats<kLanes> square = from_center * from_center;
+    Floats<kLanes> sums[2] = {
+        looked_up<kLanes>(kTerms[kDegree - 1], center), looked_up<kLanes>(kTerms[kDegree], center)};
+#pragma GCC unroll 16
+    for (int i = kDegree - 2; i >= 0; --i)
+      sums[i % 2] = sums[i % 2] * square + looked_up<kLanes>(kTerms[i], center);
+    const Floats<kLanes> positive = x < 0.0f ? Floats<kLanes>{} : x; // NaN stays NaN
+    return positive + (sums[1] * from_center + sums[0]);
+  }
+}
 
 } // namespace masked_kernels

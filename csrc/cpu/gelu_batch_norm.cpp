@@ -52,7 +52,7 @@ struct Sums {
           for (int64_t c = 0; c < channels; c += kLanes) {
             const int64_t lanes = channels - c, at = pixel * channels + c;
             const Floats<kLanes> in = load<kLanes>(x + at, lanes);
-            const Floats<kLanes> d = in * Normal<kLanes>(in).cdf - load<kLanes>(shift + c);
+            const Floats<kLanes> d = gelu<kLanes>(in) - load<kLanes>(shift + c);
             const Floats<kLanes> grad = kOfGrad ? load<kLanes>(grad_y + at, lanes) : d;
             store<kLanes>(first + c, load<kLanes>(first + c) + (kOfGrad ? d * grad : d));
             store<kLanes>(second + c, load<kLanes>(second + c) + (kOfGrad ? grad : d * d));
@@ -84,7 +84,7 @@ struct Normalise {
       for (int64_t c = 0; c < channels; c += kLanes) {
         const int64_t lanes = channels - c, at = pixel * channels + c;
         const Floats<kLanes> in = load<kLanes>(x + at, lanes);
-        const Floats<kLanes> d = in * Normal<kLanes>(in).cdf - load<kLanes>(mean + c);
+        const Floats<kLanes> d = gelu<kLanes>(in) - load<kLanes>(mean + c);
         Floats<kLanes> out = d * load<kLanes>(scale + c) + load<kLanes>(shift + c);
         if (residual)
           out += load<kLanes>(residual + at, lanes);

@@ -5,6 +5,8 @@
 
 #include "masked_kernels/bits.h"
 
+#include <algorithm>
+
 namespace masked_kernels {
 
 // Floats that will be needed soon, asked for in shares: too many at once would occupy all buffers
@@ -12,10 +14,18 @@ namespace masked_kernels {
 struct Ahead {
   const float *begin = nullptr, *end = nullptr;
 
+  int64_t lines() const { return ceil_div(end - begin, kLine); }
+
   // Share `part` of `parts`.
   Ahead share(int64_t part, int64_t parts) const {
-    const int64_t lines = ceil_div(end - begin, kLine);
-    return {begin + lines * part / parts * kLine, begin + lines * (part + 1) / parts * kLine};
+    return {begin + lines() * part / parts * kLine, begin + lines() * (part + 1) / parts * kLine};
+  }
+
+  // So many lines, which are then no longer in this.
+  MK_INLINE Ahead take(int64_t lines) {
+    const float* const from = begin;
+    begin = std::min(begin + lines * kLine, end);
+    return {from, begin};
   }
 
   // Into the L2 cache.

@@ -262,27 +262,40 @@ Tensor aligned_tiles_op(const Tensor& words, int64_t cols, int64_t patterns, int
   return tiles;
 }
 
+Activation activation_of(const std::string& name) {
+  check(name == "identity" || name == "gelu" || name == "relu", "activation: got ", name,
+      ", expected identity, gelu or relu");
+  return name == "gelu"   ? Activation::gelu
+         : name == "relu" ? Activation::relu
+                          : Activation::identity;
+}
+
 // affine [4, channels] holds the gain and shift before and after the activation; residual has the
 // shape of the outputs.
 Epilogue epilogue_of(const Tensor& affine, const std::string& activation,
     const OptionalTensor& residual, int64_t outputs, int64_t channels) {
   const float* rows = floats_of("affine", affine, 4 * channels);
-  check(activation == "identity" || activation == "gelu" || activation == "relu",
-      "activation: got ", activation, ", expected identity, gelu or relu");
   return {{rows, rows + channels}, {rows + 2 * channels, rows + 3 * channels},
-      activation == "gelu"   ? Activation::gelu
-      : activation == "relu" ? Activation::relu
-                             : Activation::identity,
-      residual ? floats_of("residual", *residual, outputs) : nullptr};
+      activation_of(activation), residual ? floats_of("residual", *residual, outputs) : nullptr};
 }
 
-// The patches that a convolution of images x [B, H, W, C] multiplies. Its geometry is kernel,
-// stride, padding and dilation, height before width; empty if x is the tokens.
-Patches patches_of(const Tensor& x, const std::vector<int64_t>& geometry) {
-  if (geometry.empty())
-    return {};
-  check(geometry.size() == 8, "geometry: got ", geometry.size(), " numbers, expected 8");
+// Images [batch, height, width, channels].
+struct Images {
+  int64_t batch, height, width, channels;
+
+  int64_t pixels() const { return batch * height * width; }
+  int64_t floats() const { return pixels() * channels; }
+};
+
+Images images_of(const Tensor& x) {
   check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
+  return {x.size(0), x.size(1), x.size(2), x.size(3)};
+}
+
+// What a convolution of images multiplies, if not their pixels. Its geometry is kernel, stride,
+// padding and dilation, height before width.
+Patches patches_of(const Images& x, const std::vector<int64_t>& geometry) {
+  check(geometry.size() == 8, "geometry: got ", geometry.size(), " numbers, expected 8");
   const int64_t* g = geometry.data();
   for (int i = 0; i < 8; ++i)
     check(g[i] >= (i / 2 == 2 ? 0 : 1), "geometry: got ", g[i], " at ", i);
@@ -292,22 +305,14 @@ Patches patches_of(const Tensor& x, const std::vector<int64_t>& geometry) {
     return spare / g[2 + i] + 1;
   };
   if (std::count(g, g + 4, 1) == 4 && g[4] == 0 && g[5] == 0)
-    return {}; // they are the pixels
-  const int64_t height = x.size(1), width = x.size(2);
-  return {height, width, x.size(3), outputs(height, 0), outputs(width, 1), g[0], g[1], g[2], g[3],
-      g[4], g[5], g[6], g[7]};
+    return {};
+  return {x.height, x.width, x.channels, outputs(x.height, 0), outputs(x.width, 1), g[0], g[1],
+      g[2], g[3], g[4], g[5], g[6], g[7]};
 }
 
-// x is [M, K], or images [B, H, W, C]: of pixels, or of the patches of a geometry.
-AlignedLinear aligned_of(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
-    const std::vector<int64_t>& geometry) {
-  const Patches patches = patches_of(x, geometry);
-  check(x.dim() == 2 || x.dim() == 4, "x: ", x.dim(), " dimensions, expected 2 or 4");
-  const int64_t last = x.size(x.dim() - 1);
-  const int64_t tokens = patches        ? x.size(0) * patches.out_height * patches.out_width
-                         : x.dim() == 2 ? x.size(0)
-                                        : x.size(0) * x.size(1) * x.size(2);
-  const int64_t cols = patches ? patches.kernel_h * patches.kernel_w * last : last;
+// Of tokens [tokens, cols], x and y to be set.
+AlignedLinear aligned_of(
+    int64_t tokens, int64_t cols, const Tensor& values, const Tensor& tiles, int64_t rows) {
   const int64_t period = period_of(values, rows * cols);
   const int64_t patterns = std::max<int64_t>(period / std::max<int64_t>(cols, 1), 1);
   check(cols % period == 0 || period == patterns * cols, "values: period ", period,
@@ -316,9 +321,35 @@ AlignedLinear aligned_of(const Tensor& x, const Tensor& values, const Tensor& ti
   const int64_t count =
       AlignedRows(rows, patterns).all_blocks() * ceil_div(cols, kTileColumns) * AlignedRows::kBlock;
   check(tiles.numel() == count, "tiles: ", tiles.numel(), " words, expected ", count);
-  return {floats_of("x", x, x.numel()), floats_of("values", values, values.numel()), period,
-      patterns, static_cast<const uint32_t*>(tiles.const_data_ptr()), nullptr, 1.0f, tokens, rows,
-      cols, nullptr, {}, patches};
+  return {nullptr, floats_of("values", values, values.numel()), period, patterns,
+      static_cast<const uint32_t*>(tiles.const_data_ptr()), nullptr, 1.0f, tokens, rows, cols,
+      nullptr, {}, {}};
+}
+
+// The convolution of images.
+AlignedLinear aligned_of(const Images& x, const Tensor& values, const Tensor& tiles, int64_t rows,
+    const std::vector<int64_t>& geometry) {
+  const Patches patches = patches_of(x, geometry);
+  if (!patches)
+    return aligned_of(x.pixels(), x.channels, values, tiles, rows);
+  AlignedLinear params = aligned_of(x.batch * patches.out_height * patches.out_width,
+      patches.kernel_h * patches.kernel_w * x.channels, values, tiles, rows);
+  params.patches = patches;
+  return params;
+}
+
+// Of x [M, K], or of images [B, H, W, C] where there is a geometry.
+AlignedLinear aligned_of(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
+    const std::vector<int64_t>& geometry) {
+  AlignedLinear params;
+  if (geometry.empty()) {
+    const Shape shape = matrix("x", x);
+    params = aligned_of(shape.rows, shape.cols, values, tiles, rows);
+  } else {
+    params = aligned_of(images_of(x), values, tiles, rows, geometry);
+  }
+  params.x = floats_of("x", x, x.numel());
+  return params;
 }
 
 Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
@@ -361,23 +392,78 @@ void aligned_linear_fused_op(Tensor y, const Tensor& x, const Tensor& values, co
   aligned_linear(params, exec());
 }
 
+// Of images x, itself to be set, as y.
+DepthwiseConv2d depthwise_of(const Images& x, const Tensor& values, const Tensor& words,
+    int64_t kernel_h, int64_t kernel_w, int64_t pad_h, int64_t pad_w) {
+  check(kernel_h >= 1 && kernel_w >= 1 && pad_h >= 0 && pad_w >= 0, "kernel, padding: got ",
+      kernel_h, "x", kernel_w, ", ", pad_h, "x", pad_w, ", expected at least 1 and 0");
+  const int64_t taps = kernel_h * kernel_w;
+  check(words.dim() == 2 && words.size(0) == x.channels, "words: expected ", x.channels, " rows");
+  const DepthwiseConv2d params{nullptr, floats_of("values", values, values.numel()),
+      period_of(values, x.channels * taps), words_of(words, taps), x.batch, x.channels, x.height,
+      x.width, kernel_h, kernel_w, pad_h, pad_w, nullptr, {}};
+  check(params.out_height() >= 1 && params.out_width() >= 1, "x: smaller than the kernel");
+  return params;
+}
+
 // x and y are [B, H, W, C].
 void depthwise_fused_op(Tensor y, const Tensor& x, const Tensor& values, const Tensor& words,
     int64_t kernel_h, int64_t kernel_w, int64_t pad_h, int64_t pad_w, const Tensor& affine,
     const std::string& activation, const OptionalTensor& residual) {
-  check(x.dim() == 4, "x: ", x.dim(), " dimensions, expected 4");
-  check(kernel_h >= 1 && kernel_w >= 1 && pad_h >= 0 && pad_w >= 0, "kernel, padding: got ",
-      kernel_h, "x", kernel_w, ", ", pad_h, "x", pad_w, ", expected at least 1 and 0");
-  const int64_t channels = x.size(3), taps = kernel_h * kernel_w;
-  check(words.dim() == 2 && words.size(0) == channels, "words: expected ", channels, " rows");
-  DepthwiseConv2d params{floats_of("x", x, x.numel()), floats_of("values", values, values.numel()),
-      period_of(values, channels * taps), words_of(words, taps), x.size(0), channels, x.size(1),
-      x.size(2), kernel_h, kernel_w, pad_h, pad_w, nullptr, {}};
-  check(params.out_height() >= 1 && params.out_width() >= 1, "x: smaller than the kernel");
-  floats_of("y", y, x.size(0) * params.out_height() * params.out_width() * channels);
+  const Images images = images_of(x);
+  DepthwiseConv2d params = depthwise_of(images, values, words, kernel_h, kernel_w, pad_h, pad_w);
+  const Images out{images.batch, params.out_height(), params.out_width(), images.channels};
+  floats_of("y", y, out.floats());
+  params.x = floats_of("x", x, x.numel());
   params.y = y.mutable_data_ptr<float>();
-  params.epilogue = epilogue_of(affine, activation, residual, y.numel(), channels);
+  params.epilogue = epilogue_of(affine, activation, residual, y.numel(), out.channels);
   depthwise_conv2d(params, exec());
+}
+
+// Of each step: words (depthwise) or tiles (aligned), and ten numbers: whether it is depthwise,
+// whether it adds its input, and its geometry. x and the result are [B, H, W, C].
+Tensor masked_conv2d_chain_op(const Tensor& x, const std::vector<Tensor>& values,
+    const std::vector<Tensor>& bits, const std::vector<Tensor>& affines,
+    const std::vector<std::string>& activations, const std::vector<int64_t>& numbers) {
+  constexpr size_t kNumbers = 10;
+  const size_t count = values.size();
+  check(count > 0 && bits.size() == count && affines.size() == count &&
+            activations.size() == count && numbers.size() == kNumbers * count,
+      "values: ", count, " steps, other arguments do not match");
+  const Images inputs = images_of(x);
+  MaskedConv2dChain chain{floats_of("x", x, inputs.floats()), inputs.batch,
+      inputs.height * inputs.width * inputs.channels, {}, nullptr};
+  Images at{1, inputs.height, inputs.width, inputs.channels};
+  for (size_t i = 0; i < count; ++i) {
+    const auto from = numbers.begin() + i * kNumbers;
+    const std::vector<int64_t> g(from + 2, from + kNumbers);
+    const int64_t channels = affines[i].size(affines[i].dim() - 1), before = at.floats();
+    const Epilogue epilogue = epilogue_of(affines[i], activations[i], {}, 0, channels);
+    MaskedConv2dChain::Step step;
+    if (from[0]) {
+      check(channels == at.channels, "affine: ", channels, " channels of ", at.channels);
+      DepthwiseConv2d conv = depthwise_of(at, values[i], bits[i], g[0], g[1], g[4], g[5]);
+      conv.epilogue = epilogue;
+      at = {1, conv.out_height(), conv.out_width(), channels};
+      step.conv = conv;
+    } else {
+      AlignedLinear conv = aligned_of(at, values[i], bits[i], channels, g);
+      check(conv.patterns == 1, "values: ", conv.patterns, " row patterns, expected 1");
+      conv.epilogue = epilogue;
+      if (conv.patches)
+        at.height = conv.patches.out_height, at.width = conv.patches.out_width;
+      at.channels = channels;
+      step.conv = conv;
+    }
+    step.adds_input = from[1];
+    step.outputs = at.floats();
+    check(!step.adds_input || step.outputs == before, "x: its size changes in a residual step");
+    chain.steps.push_back(step);
+  }
+  Tensor y = empty({inputs.batch, at.height, at.width, at.channels}, ScalarType::Float);
+  chain.y = y.mutable_data_ptr<float>();
+  masked_conv2d_chain(chain, exec());
+  return y;
 }
 
 void finish_op(
@@ -498,6 +584,8 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("depthwise_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor words, int kernel_h, "
         "int kernel_w, int pad_h, int pad_w, Tensor affine, str activation, Tensor? residual) -> "
         "()");
+  m.def("masked_conv2d_chain(Tensor x, Tensor[] values, Tensor[] bits, Tensor[] affines, "
+        "str[] activations, int[] numbers) -> Tensor");
   m.def("finish_(Tensor(a!) y, Tensor affine, str activation, Tensor? residual) -> ()");
   m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
   m.def("gelu_stats(Tensor x) -> Tensor");
@@ -530,6 +618,7 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("compact_linear", TORCH_BOX(&compact_linear_op));
   m.impl("aligned_linear_fused_", TORCH_BOX(&aligned_linear_fused_op));
   m.impl("depthwise_fused_", TORCH_BOX(&depthwise_fused_op));
+  m.impl("masked_conv2d_chain", TORCH_BOX(&masked_conv2d_chain_op));
   m.impl("finish_", TORCH_BOX(&finish_op));
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));
   m.impl("gelu_stats", TORCH_BOX(&gelu_stats_op));

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._epilogue import finished
 
-_GEOMETRY = 9  # integers a step: kernel_size, stride, padding, dilation (two each) and groups
+GEOMETRY = 9  # integers a step: kernel_size, stride, padding, dilation (two each) and groups
 
 
 def steps(
@@ -22,7 +22,7 @@ def steps(
 ) -> Iterator[tuple[Any, ...]]:
     """Of each step: (values, words, affine, activation), adds_input, (kernel_size, ..., groups)."""
     for i, operands in enumerate(zip(values, words, affines, activations, strict=True)):
-        one = geometry[i * _GEOMETRY : (i + 1) * _GEOMETRY]
+        one = geometry[i * GEOMETRY : (i + 1) * GEOMETRY]
         yield operands, adds_input[i], (one[0:2], one[2:4], one[4:6], one[6:8], one[8])
 
 

@@ -7,6 +7,8 @@
 #include "masked_kernels/parallel.h"
 
 #include <algorithm>
+#include <variant>
+#include <vector>
 
 namespace masked_kernels {
 
@@ -170,10 +172,11 @@ struct AlignedLinear {
   float scale;
   int64_t tokens, rows, cols; // M, N, K
   float* y;
-  Epilogue epilogue = {}; // only with one pattern
+  Epilogue epilogue = {}; // instead of bias and scale, only with one pattern
   Patches patches = {};   // of images x that are the tokens; else x [M, K] is
 };
 void aligned_linear(const AlignedLinear& params, const Exec& exec);
+bool can_be_in_place(const AlignedLinear& params, const Exec& exec); // whether y may be x
 
 // As masked_linear, for a dense weight of which only what the mask keeps is there.
 struct CompactLinear {
@@ -205,6 +208,21 @@ struct DepthwiseConv2d {
   int64_t out_width() const { return width + 2 * pad_w - kernel_w + 1; }
 };
 void depthwise_conv2d(const DepthwiseConv2d& params, const Exec& exec);
+bool can_be_in_place(const DepthwiseConv2d& params, const Exec& exec); // whether y may be x
+
+// y = convolutions of x in turn, each of what the one before has made.
+struct MaskedConv2dChain {
+  struct Step {
+    std::variant<DepthwiseConv2d, AlignedLinear> conv; // of one image; x, y, residual are not set
+    bool adds_input;                                   // its residual is its x
+    int64_t outputs;                                   // floats of its y
+  };
+  const float* x; // [images, inputs]
+  int64_t images, inputs;
+  std::vector<Step> steps; // at least one
+  float* y;                // [images, outputs of the last step]
+};
+void masked_conv2d_chain(const MaskedConv2dChain& params, const Exec& exec);
 
 // grad[i] *= scale * values[i % period] * (scores ? sign(scores[i]) : 1), in place
 struct ScoredGrad {

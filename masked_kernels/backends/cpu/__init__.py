@@ -37,7 +37,8 @@ from .conv2d import (
     masked_conv2d_grad_x,
     scored_conv2d_grad_scores,
 )
-from .fused import masked_conv2d_chain, masked_conv2d_fused
+from .conv2d_chain import bind_masked_conv2d_chain, masked_conv2d_chain
+from .fused import masked_conv2d_fused
 from .linear import (
     bind_masked_linear,
     masked_linear,
@@ -54,6 +55,10 @@ from .norm import (
 from .plan import bounds_of, linear_decision
 
 _DTYPES = (torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.float64, torch.bool)
+_BIND: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
+    "masked_linear": bind_masked_linear,
+    "masked_conv2d_chain": bind_masked_conv2d_chain,
+}
 _FLOAT32_ONLY = ("gelu_", "masked_conv2d_fused", "masked_conv2d_chain")
 
 
@@ -76,7 +81,7 @@ def why_not(op: str, *args: object) -> str | None:
 
 def bind(op: str, *args: Any) -> Callable[[Tensor], Tensor] | None:
     """``op`` as ``backends.bind`` wants it; None where there is little to decide."""
-    return bind_masked_linear(*args) if op == "masked_linear" else None
+    return _BIND[op](*args) if op in _BIND else None
 
 
 def kernel_choice(op: str, *args: Any) -> str | None:

@@ -25,7 +25,7 @@ def aligned_linear(
     geometry: Geometry = (),
 ) -> Tensor:
     """For tokens x ``[M, K]``; with a geometry for the patches of images x ``[B, H, W, C]``."""
-    cols, taps = _row(x, geometry)
+    cols, taps = _row(x.shape[-1], geometry)
     patterns = row_patterns(cols, values.numel()) or 1
     y: Tensor = native().aligned_linear(
         as_float(x),
@@ -59,21 +59,25 @@ def aligned_linear_fused_(
     residual: Tensor | None,
     geometry: Geometry = (),
 ) -> None:
-    """Over the pixels or the patches of x ``[B, H, W, C]``, for one row pattern, into y
-    ``[B, H', W', N]``.
-    """
-    cols, taps = _row(x, geometry)
+    """Into y ``[..., N]``, for one row pattern."""
     native().aligned_linear_fused_(
         y,
         x,
-        _by_tap(values, cols, taps),
-        _tiles(words, cols, 1, taps),
+        *aligned_operands(x.shape[-1], values, words, geometry),
         words.shape[0],
         affine,
         activation,
         residual,
         geometry,
     )
+
+
+def aligned_operands(
+    channels: int, values: Tensor, words: Tensor, geometry: Geometry = ()
+) -> tuple[Tensor, Tensor]:
+    """The values and the bits as the kernels read them, for one row pattern."""
+    cols, taps = _row(channels, geometry)
+    return _by_tap(values, cols, taps), _tiles(words, cols, 1, taps)
 
 
 def aligned_linear_grad_x(
@@ -85,23 +89,23 @@ def aligned_linear_grad_x(
     affine = row_values.new_zeros(4, cols)
     affine[2] = 1
     one = row_values.new_ones(1)
-    grad_x = row_values.new_empty(1, 1, grad_y.shape[0], cols)
+    grad_x = row_values.new_empty(grad_y.shape[0], cols)
     for pattern in range(patterns):
         bits = transpose(words[pattern::patterns], cols)
         tiles = native().aligned_tiles(bits, words[pattern::patterns].shape[0], 1, 1)
         torch.mul(row_values[pattern], 1 if scale is None else scale, out=affine[0])
-        grad_tokens = as_float(grad_y[:, pattern::patterns])[None, None]
+        grad_tokens = as_float(grad_y[:, pattern::patterns])
         others = grad_x if pattern else None
         native().aligned_linear_fused_(
             grad_x, grad_tokens, one, tiles, cols, affine, "identity", others, ()
         )
-    return grad_x.view(-1, cols).to(grad_y.dtype)
+    return grad_x.to(grad_y.dtype)
 
 
-def _row(x: Tensor, geometry: Geometry) -> tuple[int, int]:
+def _row(channels: int, geometry: Geometry) -> tuple[int, int]:
     """The columns of a weight row, and how many of them are taps of one channel."""
     taps = geometry[0] * geometry[1] if geometry else 1
-    return x.shape[-1] * taps, taps
+    return channels * taps, taps
 
 
 def _by_tap(values: Tensor, cols: int, taps: int) -> Tensor:

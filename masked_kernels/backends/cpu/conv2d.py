@@ -42,10 +42,11 @@ def masked_conv2d(
     if is_depthwise(x, size, stride, dilation, groups):
         return depthwise(x, values, words, bias, scale, kernel_size, padding)
     geometry = [*kernel_size, *stride, *padding, *dilation]
+    pixels = as_pixels(x)
     if memory_format == torch.channels_last and is_aligned_conv2d(
-        as_pixels(x), values, words, geometry, groups
+        pixels.shape, words.shape[0], values.numel(), geometry, groups, x.dtype
     ):
-        tokens = aligned_linear(as_pixels(x), values, words, bias, scale, geometry)
+        tokens = aligned_linear(pixels, values, words, bias, scale, geometry)
         spatial = out_size(x.shape[2:], geometry)
         return tokens.view(x.shape[0], *spatial, -1).permute(0, 3, 1, 2)
     weight = _conv_weight(x, values, words, scale, x.shape[1] // groups, kernel_size)
@@ -54,20 +55,20 @@ def masked_conv2d(
 
 
 def is_aligned_conv2d(
-    pixels: Tensor,  # [B, H, W, C]
-    values: Tensor,
-    words: Tensor,
+    size: Sequence[int],  # of the pixels [B, H, W, C]
+    rows: int,
+    period: int,
     geometry: Geometry,
     groups: int,
+    dtype: torch.dtype,
 ) -> bool:
     """Whether the bits of an aligned prototype are best multiplied with the patches of an image."""
-    batch, *size, channels = pixels.shape
+    batch, height, width, channels = size
     taps = geometry[0] * geometry[1]
-    if groups != 1 or pixels.dtype != torch.float32 or (taps > 1 and channels < _MANY_CHANNELS):
+    if groups != 1 or dtype != torch.float32 or (taps > 1 and channels < _MANY_CHANNELS):
         return False
-    tokens = batch * math.prod(out_size(size, geometry))
-    sizes = tokens, words.shape[0], channels * taps, values.numel()
-    return linear_plan(*sizes, pixels.dtype, isa()) == "aligned"
+    tokens = batch * math.prod(out_size((height, width), geometry))
+    return linear_plan(tokens, rows, channels * taps, period, dtype, isa()) == "aligned"
 
 
 def out_size(size: Sequence[int], geometry: Geometry) -> list[int]:

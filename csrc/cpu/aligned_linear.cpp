@@ -224,14 +224,20 @@ void Patches::copy(
     const int64_t out_row = token / out_width, image = out_row / out_height;
     const int64_t top = out_row % out_height * stride_h - pad_h;
     const int64_t left = token % out_width * stride_w - pad_w;
+    // Adjacent taps lie next to one another: those from `begin` to `end` are inside the image.
+    const int64_t run = dilation_w == 1 ? kernel_w : 1, runs = kernel_w / run;
     float* out = to;
     for (int64_t i = 0; i < kernel_h; ++i)
-      for (int64_t j = 0; j < kernel_w; ++j, out += channels) {
+      for (int64_t j = 0; j < runs; ++j) {
         const int64_t row = top + i * dilation_h, column = left + j * dilation_w;
-        if (0 <= row && row < height && 0 <= column && column < width)
-          std::copy_n(images + ((image * height + row) * width + column) * channels, channels, out);
-        else
-          std::fill_n(out, channels, 0.0f);
+        const bool inside = 0 <= row && row < height;
+        const int64_t begin = inside ? std::clamp<int64_t>(-column, 0, run) : run;
+        const int64_t end = inside ? std::clamp(width - column, begin, run) : run;
+        out = std::fill_n(out, begin * channels, 0.0f);
+        if (begin < end)
+          out = std::copy_n(images + ((image * height + row) * width + column + begin) * channels,
+              (end - begin) * channels, out);
+        out = std::fill_n(out, (run - end) * channels, 0.0f);
       }
   }
 }

@@ -16,32 +16,40 @@ void run(const AlignedLinear& conv, const Exec& exec) {
   aligned_linear(conv, exec);
 }
 
-// The chain with memory for what its steps make of an image on the way to y. They work in place
-// where they can, else they go to and fro between y and a place beside it.
+void run(const StemConv2d& conv, const Exec& exec) {
+  stem_conv2d(conv, exec);
+}
+
+bool can_be_in_place(const StemConv2d&, const Exec&) {
+  return false;
+}
+
+// The chain with memory for what its steps but the last make of an image: one place where they can
+// work in place, else two to go to and fro between.
 class Worker {
  public:
   Worker(const MaskedConv2dChain& chain, const Exec& exec)
-      : chain_(chain), exec_(exec), beside_(chain.steps.size()) {
-    const auto& steps = chain.steps;
-    for (size_t i = steps.size() - 1; i > 0; --i) {
+      : chain_(chain), exec_(exec), places_(chain.steps.size()) {
+    int64_t largest = 0;
+    for (size_t i = 0; i + 1 < chain.steps.size(); ++i) {
       const bool stays =
-          std::visit([&](const auto& conv) { return can_be_in_place(conv, exec); }, steps[i].conv);
-      beside_[i - 1] = stays ? beside_[i] : !beside_[i];
-      largest_ = std::max(largest_, steps[i - 1].outputs);
+          i == 0 || std::visit([&](const auto& conv) { return can_be_in_place(conv, exec); },
+                        chain.steps[i].conv);
+      const int before = i == 0 ? 0 : places_[i - 1];
+      places_[i] = stays ? before : 1 - before;
+      largest = std::max(largest, chain.steps[i].outputs);
     }
-    fits_y_ = largest_ <= steps.back().outputs;
-    memory_.reset(new float[fits_y_ ? largest_ : 2 * largest_]);
+    for (const int place : places_)
+      if (!memory_[place])
+        memory_[place].reset(new float[largest]);
   }
 
   void operator()(int64_t image) const {
     const float* x = chain_.x + image * chain_.inputs;
-    float* const image_y = chain_.y + image * chain_.steps.back().outputs;
     for (size_t i = 0; i < chain_.steps.size(); ++i) {
       const MaskedConv2dChain::Step& step = chain_.steps[i];
       const bool is_last = i + 1 == chain_.steps.size();
-      float* const y = beside_[i]           ? memory_.get()
-                       : fits_y_ || is_last ? image_y
-                                            : memory_.get() + largest_;
+      float* const y = is_last ? chain_.y + image * step.outputs : memory_[places_[i]].get();
       std::visit(
           [&](auto conv) {
             conv.x = x;
@@ -57,10 +65,8 @@ class Worker {
  private:
   const MaskedConv2dChain& chain_;
   const Exec& exec_;
-  std::vector<bool> beside_; // whether a step's outputs lie beside y
-  int64_t largest_ = 0;      // outputs of a step before the last
-  bool fits_y_;              // whether y has room for them
-  std::unique_ptr<float[]> memory_;
+  std::vector<int> places_; // of what each step makes, in memory_
+  std::unique_ptr<float[]> memory_[2];
 };
 
 } // namespace

@@ -292,8 +292,8 @@ Images images_of(const Tensor& x) {
   return {x.size(0), x.size(1), x.size(2), x.size(3)};
 }
 
-// What a convolution of images multiplies, if not their pixels. Its geometry is kernel, stride,
-// padding and dilation, height before width.
+// What a convolution of images multiplies. Its geometry is kernel, stride, padding and dilation,
+// height before width.
 Patches patches_of(const Images& x, const std::vector<int64_t>& geometry) {
   check(geometry.size() == 8, "geometry: got ", geometry.size(), " numbers, expected 8");
   const int64_t* g = geometry.data();
@@ -304,8 +304,6 @@ Patches patches_of(const Images& x, const std::vector<int64_t>& geometry) {
     check(spare >= 0, "x: smaller than the kernel");
     return spare / g[2 + i] + 1;
   };
-  if (std::count(g, g + 4, 1) == 4 && g[4] == 0 && g[5] == 0)
-    return {};
   return {x.height, x.width, x.channels, outputs(x.height, 0), outputs(x.width, 1), g[0], g[1],
       g[2], g[3], g[4], g[5], g[6], g[7]};
 }
@@ -330,11 +328,11 @@ AlignedLinear aligned_of(
 AlignedLinear aligned_of(const Images& x, const Tensor& values, const Tensor& tiles, int64_t rows,
     const std::vector<int64_t>& geometry) {
   const Patches patches = patches_of(x, geometry);
-  if (!patches)
-    return aligned_of(x.pixels(), x.channels, values, tiles, rows);
-  AlignedLinear params = aligned_of(x.batch * patches.out_height * patches.out_width,
-      patches.kernel_h * patches.kernel_w * x.channels, values, tiles, rows);
-  params.patches = patches;
+  AlignedLinear params =
+      aligned_of(x.batch * patches.per_image(), patches.floats(), values, tiles, rows);
+  const auto* g = geometry.data();
+  if (std::count(g, g + 4, 1) < 4 || g[4] > 0 || g[5] > 0) // else they are the pixels
+    params.patches = patches;
   return params;
 }
 
@@ -420,47 +418,86 @@ void depthwise_fused_op(Tensor y, const Tensor& x, const Tensor& values, const T
   depthwise_conv2d(params, exec());
 }
 
-// Of each step: words (depthwise) or tiles (aligned), and ten numbers: whether it is depthwise,
-// whether it adds its input, and its geometry. x and the result are [B, H, W, C].
+// Of images x, itself to be set, as y.
+StemConv2d stem_of(const Images& x, const Tensor& values, const Tensor& words,
+    const std::vector<int64_t>& geometry) {
+  const Patches patches = patches_of(x, geometry);
+  const uint32_t* bits = words_of(words, patches.floats());
+  const int64_t rows = words.size(0), period = period_of(values, rows * patches.floats());
+  return {nullptr, floats_of("values", values, values.numel()), period, bits, x.batch, rows,
+      patches, nullptr, {}};
+}
+
+// x and y are [B, H, W, C].
+void stem_fused_op(Tensor y, const Tensor& x, const Tensor& values, const Tensor& words,
+    const Tensor& affine, const std::string& activation, const OptionalTensor& residual,
+    const std::vector<int64_t>& geometry) {
+  StemConv2d params = stem_of(images_of(x), values, words, geometry);
+  floats_of("y", y, params.tokens() * params.rows);
+  params.x = floats_of("x", x, x.numel());
+  params.y = y.mutable_data_ptr<float>();
+  params.epilogue = epilogue_of(affine, activation, residual, y.numel(), params.rows);
+  stem_conv2d(params, exec());
+}
+
+// What one of the convolutions of a chain is: the kernel's number, whether the input is added, and
+// the geometry.
+struct StepNumbers {
+  static constexpr size_t kCount = 10;
+  int64_t kernel;
+  bool adds_input;
+  std::vector<int64_t> geometry;
+
+  explicit StepNumbers(const int64_t* from)
+      : kernel(from[0]), adds_input(from[1]), geometry(from + 2, from + kCount) {}
+};
+
+// Step of a chain on one image of the size `at`, which becomes that of its outputs. `bits` are
+// words, or tiles for the aligned kernel.
+MaskedConv2dChain::Step step_of(Images& at, const Tensor& values, const Tensor& bits,
+    const Tensor& affine, const std::string& activation, const StepNumbers& step) {
+  const int64_t rows = affine.numel() / 4, inputs = at.floats();
+  const std::vector<int64_t>& g = step.geometry;
+  const Patches patches = patches_of(at, g);
+  const auto finished = [&](auto conv) {
+    conv.epilogue = epilogue_of(affine, activation, {}, 0, rows);
+    return conv;
+  };
+  MaskedConv2dChain::Step made{{}, step.adds_input, patches.per_image() * rows};
+  switch (step.kernel) {
+  case 0:
+    check(rows == at.channels, "affine: ", rows, " channels, expected ", at.channels);
+    made.conv = finished(depthwise_of(at, values, bits, g[0], g[1], g[4], g[5]));
+    break;
+  case 1:
+    made.conv = finished(aligned_of(at, values, bits, rows, g));
+    check(std::get<AlignedLinear>(made.conv).patterns == 1, "values: several row patterns");
+    break;
+  default:
+    made.conv = finished(stem_of(at, values, bits, g));
+    check(bits.size(0) == rows, "affine: ", rows, " channels, expected ", bits.size(0));
+  }
+  check(!made.adds_input || made.outputs == inputs, "x: its size changes in a residual step");
+  at = {1, patches.out_height, patches.out_width, rows};
+  return made;
+}
+
+// x and the result are [B, H, W, C]; numbers are those of StepNumbers, of each step.
 Tensor masked_conv2d_chain_op(const Tensor& x, const std::vector<Tensor>& values,
     const std::vector<Tensor>& bits, const std::vector<Tensor>& affines,
     const std::vector<std::string>& activations, const std::vector<int64_t>& numbers) {
-  constexpr size_t kNumbers = 10;
   const size_t count = values.size();
   check(count > 0 && bits.size() == count && affines.size() == count &&
-            activations.size() == count && numbers.size() == kNumbers * count,
-      "values: ", count, " steps, other arguments do not match");
-  const Images inputs = images_of(x);
-  MaskedConv2dChain chain{floats_of("x", x, inputs.floats()), inputs.batch,
-      inputs.height * inputs.width * inputs.channels, {}, nullptr};
-  Images at{1, inputs.height, inputs.width, inputs.channels};
-  for (size_t i = 0; i < count; ++i) {
-    const auto from = numbers.begin() + i * kNumbers;
-    const std::vector<int64_t> g(from + 2, from + kNumbers);
-    const int64_t channels = affines[i].size(affines[i].dim() - 1), before = at.floats();
-    const Epilogue epilogue = epilogue_of(affines[i], activations[i], {}, 0, channels);
-    MaskedConv2dChain::Step step;
-    if (from[0]) {
-      check(channels == at.channels, "affine: ", channels, " channels of ", at.channels);
-      DepthwiseConv2d conv = depthwise_of(at, values[i], bits[i], g[0], g[1], g[4], g[5]);
-      conv.epilogue = epilogue;
-      at = {1, conv.out_height(), conv.out_width(), channels};
-      step.conv = conv;
-    } else {
-      AlignedLinear conv = aligned_of(at, values[i], bits[i], channels, g);
-      check(conv.patterns == 1, "values: ", conv.patterns, " row patterns, expected 1");
-      conv.epilogue = epilogue;
-      if (conv.patches)
-        at.height = conv.patches.out_height, at.width = conv.patches.out_width;
-      at.channels = channels;
-      step.conv = conv;
-    }
-    step.adds_input = from[1];
-    step.outputs = at.floats();
-    check(!step.adds_input || step.outputs == before, "x: its size changes in a residual step");
-    chain.steps.push_back(step);
-  }
-  Tensor y = empty({inputs.batch, at.height, at.width, at.channels}, ScalarType::Float);
+            activations.size() == count && numbers.size() == StepNumbers::kCount * count,
+      "values: ", count, " steps, which other arguments do not have");
+  Images at = images_of(x);
+  const int64_t images = at.batch;
+  at.batch = 1;
+  MaskedConv2dChain chain{floats_of("x", x, x.numel()), images, at.floats(), {}, nullptr};
+  for (size_t i = 0; i < count; ++i)
+    chain.steps.push_back(step_of(at, values[i], bits[i], affines[i], activations[i],
+        StepNumbers(&numbers[i * StepNumbers::kCount])));
+  Tensor y = empty({images, at.height, at.width, at.channels}, ScalarType::Float);
   chain.y = y.mutable_data_ptr<float>();
   masked_conv2d_chain(chain, exec());
   return y;
@@ -584,6 +621,8 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("depthwise_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor words, int kernel_h, "
         "int kernel_w, int pad_h, int pad_w, Tensor affine, str activation, Tensor? residual) -> "
         "()");
+  m.def("stem_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor words, Tensor affine, "
+        "str activation, Tensor? residual, int[] geometry) -> ()");
   m.def("masked_conv2d_chain(Tensor x, Tensor[] values, Tensor[] bits, Tensor[] affines, "
         "str[] activations, int[] numbers) -> Tensor");
   m.def("finish_(Tensor(a!) y, Tensor affine, str activation, Tensor? residual) -> ()");
@@ -618,6 +657,7 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("compact_linear", TORCH_BOX(&compact_linear_op));
   m.impl("aligned_linear_fused_", TORCH_BOX(&aligned_linear_fused_op));
   m.impl("depthwise_fused_", TORCH_BOX(&depthwise_fused_op));
+  m.impl("stem_fused_", TORCH_BOX(&stem_fused_op));
   m.impl("masked_conv2d_chain", TORCH_BOX(&masked_conv2d_chain_op));
   m.impl("finish_", TORCH_BOX(&finish_op));
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));

@@ -49,6 +49,10 @@ class PackedSequential(nn.Sequential):
         y = None if self._chain is None else self._chain(x)
         return _run(self._steps, x) if y is None else y
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the plan, which is made anew."""
+        return {**self.__dict__, "_planned": [], "_steps": [], "_chain": None}
+
     def to_plain(self) -> nn.Sequential:
         """The Residual or nn.Sequential of the same modules."""
         plain = self.plain_type(OrderedDict(self._modules.items()))

@@ -157,6 +157,8 @@ struct Patches {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 
   explicit operator bool() const { return kernel_h > 0; }
+  int64_t floats() const { return kernel_h * kernel_w * channels; }
+  int64_t per_image() const { return out_height * out_width; }
 
   // to [count, stride] = patches [first, first + count)
   void copy(const float* images, int64_t first, int64_t count, float* to, int64_t stride) const;
@@ -210,12 +212,29 @@ struct DepthwiseConv2d {
 void depthwise_conv2d(const DepthwiseConv2d& params, const Exec& exec);
 bool can_be_in_place(const DepthwiseConv2d& params, const Exec& exec); // whether y may be x
 
+// y [B, H', W', N] = epilogue of images convolved with rows of a few columns
+struct StemConv2d {
+  const float* x;
+  const float* values;
+  int64_t period;
+  const uint32_t* words;
+  int64_t batch, rows;
+  Patches patches;
+  float* y;
+  Epilogue epilogue;
+
+  int64_t cols() const { return patches.floats(); }
+  int64_t tokens() const { return batch * patches.per_image(); }
+};
+void stem_conv2d(const StemConv2d& params, const Exec& exec);
+
 // y = convolutions of x in turn, each of what the one before has made.
 struct MaskedConv2dChain {
   struct Step {
-    std::variant<DepthwiseConv2d, AlignedLinear> conv; // of one image; x, y, residual are not set
-    bool adds_input;                                   // its residual is its x
-    int64_t outputs;                                   // floats of its y
+    // Of one image, with x, y and residual to be set.
+    std::variant<DepthwiseConv2d, AlignedLinear, StemConv2d> conv;
+    bool adds_input; // its residual is its x
+    int64_t outputs; // floats of its y
   };
   const float* x; // [images, inputs]
   int64_t images, inputs;

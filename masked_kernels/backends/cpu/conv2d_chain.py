@@ -11,9 +11,10 @@ from ._native import as_float, native
 from .aligned import aligned_operands
 from .conv2d import is_aligned_conv2d, out_size
 from .depthwise import as_pixels
-from .fused import fused_, is_fused_depthwise, pixels_size
+from .fused import fused_, is_fused_depthwise, is_stem, pixels_size
 from .plan import row_patterns
 
+_DEPTHWISE, _ALIGNED, _STEM = range(3)  # numbers that the kernels know
 _SLICE_BYTES = 1 << 20  # of an activation, for each thread
 
 
@@ -40,16 +41,16 @@ def bind_masked_conv2d_chain(
         steps = list(_fused.steps(values, words, affines, activations, adds_input, geometry))
         return lambda x: _in_slices(as_pixels(x), steps).permute(0, 3, 1, 2)
     operands = [
-        (as_float(v), w.contiguous())
-        if kernel.is_depthwise
-        else aligned_operands(kernel.channels, v, w, kernel.geometry)
+        aligned_operands(kernel.channels, v, w, kernel.geometry)
+        if kernel.number == _ALIGNED
+        else (as_float(v), w.contiguous())
         for kernel, v, w in zip(kernels, values, words, strict=True)
     ]
     held, bits = [v for v, _ in operands], [b for _, b in operands]
     affines = [affine.contiguous() for affine in affines]
     numbers: list[int] = []
     for kernel, adds in zip(kernels, adds_input, strict=True):
-        numbers += (kernel.is_depthwise, adds, *kernel.geometry)
+        numbers += (kernel.number, adds, *kernel.geometry)
     run = native().masked_conv2d_chain.default
 
     def bound(x: Tensor) -> Tensor:
@@ -60,9 +61,9 @@ def bind_masked_conv2d_chain(
 
 
 class _Kernel(NamedTuple):
-    """What serves a step: the depthwise kernel, or the bits of an aligned prototype."""
+    """What serves a step."""
 
-    is_depthwise: bool
+    number: int
     channels: int
     geometry: tuple[int, ...]  # kernel, stride, padding and dilation
 
@@ -77,16 +78,20 @@ def _kernels(
     kernels = []
     for i, (outputs, period) in enumerate(zip(rows, periods, strict=True)):
         *of_step, groups = geometry[i * _fused.GEOMETRY : (i + 1) * _fused.GEOMETRY]
-        height, width, channels = size
-        is_depthwise = is_fused_depthwise(channels, outputs, of_step, groups)
+        *spatial, channels = size
         cols = channels // groups * of_step[0] * of_step[1]
-        is_aligned = row_patterns(cols, period) == 1 and is_aligned_conv2d(
-            (1, height, width, channels), outputs, period, of_step, groups, torch.float32
-        )
-        if not (is_depthwise or is_aligned):
+        if is_fused_depthwise(channels, outputs, of_step, groups):
+            number = _DEPTHWISE
+        elif row_patterns(cols, period) == 1 and is_aligned_conv2d(
+            (1, *size), outputs, period, of_step, groups, torch.float32
+        ):
+            number = _ALIGNED
+        elif is_stem(outputs, cols, groups):
+            number = _STEM
+        else:
             return None
-        kernels.append(_Kernel(is_depthwise, channels, tuple(of_step)))
-        size = (*out_size((height, width), of_step), outputs)
+        kernels.append(_Kernel(number, channels, tuple(of_step)))
+        size = (*out_size(spatial, of_step), outputs)
     return kernels
 
 

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._native import native
+from ._native import as_float, native
 from .aligned import Geometry, aligned_linear_fused_
 from .conv2d import is_aligned_conv2d, masked_conv2d, out_size
 from .depthwise import as_pixels, depthwise_fused_
-from .linear import masked_linear
 from .plan import row_patterns
+
+_FEW_COLUMNS = 1024  # up to 576 it beats the library, at 768 it is as fast
+_MANY_ROWS = 32  # 16 do not repay copying a patch
 
 
 def masked_conv2d_fused(
@@ -64,12 +66,13 @@ def fused_(
     ):
         aligned_linear_fused_(y, x, values, words, affine, activation, residual, flat)
         return
-    if groups == 1 and [*stride, *padding, *dilation] == [*kernel_size, 0, 0, 1, 1]:
-        products = masked_linear(_as_patches(x, kernel_size), values, words, None, None)
-    else:
-        image = masked_conv2d(x.permute(0, 3, 1, 2), values, words, None, None, *geometry)
-        products = image.permute(0, 2, 3, 1)
-    y.copy_(products.reshape(y.shape))
+    if is_stem(outputs, cols, groups):
+        native().stem_fused_(
+            y, x, as_float(values), words.contiguous(), affine, activation, residual, flat
+        )
+        return
+    image = masked_conv2d(x.permute(0, 3, 1, 2), values, words, None, None, *geometry)
+    y.copy_(image.permute(0, 2, 3, 1))
     flat_y = y.view(y.shape[:3].numel(), outputs)
     native().finish_(
         flat_y, affine, activation, None if residual is None else residual.view(flat_y.shape)
@@ -82,10 +85,6 @@ def is_fused_depthwise(channels: int, rows: int, geometry: Geometry, groups: int
     return groups == channels == rows and stride_and_dilation == [1, 1, 1, 1]
 
 
-def _as_patches(x: Tensor, size: list[int]) -> Tensor:
-    """``[B, H, W, C]`` as ``[patches, C * kh * kw]``; a rest is left out."""
-    batch, height, width, channels = x.shape
-    (kh, kw), (rows, cols) = size, (height // size[0], width // size[1])
-    x = x[:, : rows * kh, : cols * kw]
-    patches = x.reshape(batch, rows, kh, cols, kw, channels).permute(0, 1, 3, 5, 2, 4)
-    return patches.reshape(batch * rows * cols, channels * kh * kw)
+def is_stem(rows: int, cols: int, groups: int) -> bool:
+    """Whether the kernel for weights of few columns serves a weight ``[rows, cols]``."""
+    return groups == 1 and 1 <= cols <= _FEW_COLUMNS and rows >= _MANY_ROWS

@@ -16,11 +16,11 @@ void run(const AlignedLinear& conv, const Exec& exec) {
   aligned_linear(conv, exec);
 }
 
-void run(const StemConv2d& conv, const Exec& exec) {
-  stem_conv2d(conv, exec);
+void run(const PanelLinear& conv, const Exec& exec) {
+  panel_linear(conv, exec);
 }
 
-bool can_be_in_place(const StemConv2d&, const Exec&) {
+bool can_be_in_place(const PanelLinear&, const Exec&) {
   return false;
 }
 

@@ -1,4 +1,5 @@
-// stem_conv2d against loops in double, and masked_conv2d_chain against its steps one by one.
+// panel_linear of patches against loops in double, and masked_conv2d_chain against its steps one by
+// one.
 #include "testing.h"
 
 #include <cmath>
@@ -23,7 +24,7 @@ struct Finishing {
   }
 };
 
-struct Stem {
+struct Conv {
   int64_t channels, rows, kernel, stride, pad, dilation;
 
   Patches patches() const {
@@ -35,48 +36,48 @@ struct Stem {
   }
 };
 
-void test_stem(const Exec& exec, int64_t batch, const Stem& stem, Random& random) {
-  const Patches patches = stem.patches();
-  const Shape shape{stem.rows, patches.floats()};
-  const std::vector<float> x = random.floats(batch * kHeight * kWidth * stem.channels);
+void test_patches(const Exec& exec, int64_t batch, const Conv& conv, Random& random) {
+  const Patches patches = conv.patches();
+  const Shape shape{conv.rows, patches.floats()};
+  const std::vector<float> x = random.floats(batch * kHeight * kWidth * conv.channels);
   const std::vector<float> values = random.floats(17);
   const std::vector<uint32_t> words = random.words(shape);
-  const Finishing finishing(stem.rows, random);
-  std::vector<float> y(batch * patches.per_image() * stem.rows, NAN);
+  const Finishing finishing(conv.rows, random);
+  std::vector<float> y(batch * patches.per_image() * conv.rows, NAN);
   const std::vector<float> residual = random.floats(y.size());
-  StemConv2d p{x.data(), values.data(), 17, words.data(), batch, stem.rows, patches, y.data(), {}};
-  p.epilogue = finishing.epilogue();
+  PanelLinear p{x.data(), values.data(), 17, words.data(), nullptr, 1.0f,
+      batch * patches.per_image(), conv.rows, shape.cols, y.data(), finishing.epilogue(), patches};
   p.epilogue.residual = residual.data();
-  stem_conv2d(p, exec);
-  const int64_t taps = stem.kernel * stem.kernel;
+  panel_linear(p, exec);
+  const int64_t taps = conv.kernel * conv.kernel;
   for (int64_t at = 0; at < static_cast<int64_t>(y.size()); ++at) {
-    const int64_t row = at % stem.rows, j = at / stem.rows % patches.out_width;
-    const int64_t i = at / stem.rows / patches.out_width % patches.out_height;
-    const int64_t image = at / stem.rows / patches.per_image();
+    const int64_t row = at % conv.rows, j = at / conv.rows % patches.out_width;
+    const int64_t i = at / conv.rows / patches.out_width % patches.out_height;
+    const int64_t image = at / conv.rows / patches.per_image();
     double sum = 0, size = 1;
     for (int64_t k = 0; k < shape.cols; ++k) { // [channels, kernel, kernel]
       const int64_t tap = k % taps;
-      const int64_t from_row = i * stem.stride - stem.pad + tap / stem.kernel * stem.dilation;
-      const int64_t from_col = j * stem.stride - stem.pad + tap % stem.kernel * stem.dilation;
+      const int64_t from_row = i * conv.stride - conv.pad + tap / conv.kernel * conv.dilation;
+      const int64_t from_col = j * conv.stride - conv.pad + tap % conv.kernel * conv.dilation;
       if (from_row < 0 || from_row >= kHeight || from_col < 0 || from_col >= kWidth ||
           !bit(words, shape, row, k))
         continue;
       const int64_t pixel = (image * kHeight + from_row) * kWidth + from_col;
       const double term =
-          double{x[pixel * stem.channels + k / taps]} * values[(row * shape.cols + k) % 17];
+          double{x[pixel * conv.channels + k / taps]} * values[(row * shape.cols + k) % 17];
       sum += term;
       size += std::abs(term);
     }
     const float* of = finishing.affine.data() + row;
-    const double before = of[0] * sum + of[stem.rows];
+    const double before = of[0] * sum + of[conv.rows];
     const double expected =
-        of[2 * stem.rows] * std::max(before, 0.0) + of[3 * stem.rows] + residual[at];
+        of[2 * conv.rows] * std::max(before, 0.0) + of[3 * conv.rows] + residual[at];
     CHECK(std::abs(y[at] - expected) <= 1e-5 * size, name(exec.isa), exec.parallel.threads(), batch,
-        stem.channels, stem.rows, stem.kernel, at, y[at], expected);
+        conv.channels, conv.rows, conv.kernel, at, y[at], expected);
   }
 }
 
-// A patch embedding to `channels`, then blocks of a residual depthwise and a 1x1 or 3x3
+// A convolution by panels, then blocks of a residual depthwise and a 1x1 or 3x3
 // convolution, the last of them to `outputs`.
 void test_chain(const Exec& exec, int64_t images, int64_t channels, int64_t outputs, int64_t side,
     Random& random) {
@@ -86,7 +87,7 @@ void test_chain(const Exec& exec, int64_t images, int64_t channels, int64_t outp
   const auto words = random.words({channels, kTaps});
   const Shape shape{outputs, channels * side * side}, square{channels, channels};
   const auto last_words = random.words(shape), square_words = random.words(square);
-  const auto stem_words = random.words({channels, channels});
+  const auto panel_words = random.words({channels, channels});
   const auto tiles_of = [&](const std::vector<uint32_t>& bits, Shape of, int64_t taps) {
     std::vector<uint32_t> tiles(AlignedRows(of.rows, 1).all_blocks() *
                                 ceil_div(of.cols, kTileColumns) * AlignedRows::kBlock);
@@ -97,9 +98,8 @@ void test_chain(const Exec& exec, int64_t images, int64_t channels, int64_t outp
   const auto tiles = tiles_of(last_words, shape, side * side);
   const Finishing inner(channels, random), outer(outputs, random);
 
-  const Patches point = Stem{channels, channels, 1, 1, 0, 1}.patches();
-  const StemConv2d stem{nullptr, values.data(), channels * kTaps, stem_words.data(), 1, channels,
-      point, nullptr, inner.epilogue()};
+  const PanelLinear panels{nullptr, values.data(), channels * kTaps, panel_words.data(), nullptr,
+      1.0f, kHeight * kWidth, channels, channels, nullptr, inner.epilogue(), {}};
   const DepthwiseConv2d depthwise{nullptr, values.data(), channels * kTaps, words.data(), 1,
       channels, kHeight, kWidth, kKernel, kKernel, 1, 1, nullptr, inner.epilogue()};
   const AlignedLinear pointwise{nullptr, values.data(), channels, 1, square_tiles.data(), nullptr,
@@ -107,10 +107,10 @@ void test_chain(const Exec& exec, int64_t images, int64_t channels, int64_t outp
   AlignedLinear last{nullptr, values.data(), channels * side * side, 1, tiles.data(), nullptr, 1.0f,
       kHeight * kWidth, outputs, shape.cols, nullptr, outer.epilogue(), {}};
   if (side > 1)
-    last.patches = Stem{channels, outputs, side, 1, side / 2, 1}.patches();
+    last.patches = Conv{channels, outputs, side, 1, side / 2, 1}.patches();
   const int64_t pixels = kHeight * kWidth, inside = pixels * channels;
   MaskedConv2dChain chain{x.data(), images, inside,
-      {{stem, false, inside}, {depthwise, true, inside}, {pointwise, true, inside},
+      {{panels, false, inside}, {depthwise, true, inside}, {pointwise, true, inside},
           {depthwise, false, inside}, {last, false, pixels * outputs}},
       nullptr};
 
@@ -131,7 +131,7 @@ void test_chain(const Exec& exec, int64_t images, int64_t channels, int64_t outp
       else if (const auto* linear = std::get_if<AlignedLinear>(&step.conv))
         run(*linear, aligned_linear);
       else
-        run(std::get<StemConv2d>(step.conv), stem_conv2d);
+        run(std::get<PanelLinear>(step.conv), panel_linear);
       now = next;
     }
     for (int64_t i = 0; i < pixels * outputs; ++i) {
@@ -149,11 +149,11 @@ int main() {
     Random random;
     for (const int64_t rows : {1, 15, 16, 17, 40})
       for (const int64_t batch : {0, 1, 3}) {
-        test_stem(exec, batch, {3, rows, 2, 2, 0, 1}, random);
-        test_stem(exec, batch, {3, rows, 3, 1, 1, 1}, random);
-        test_stem(exec, batch, {5, rows, 1, 1, 0, 1}, random);
-        test_stem(exec, batch, {2, rows, 3, 2, 3, 2}, random);
-        test_stem(exec, batch, {33, rows, 3, 1, 0, 1}, random);
+        test_patches(exec, batch, {3, rows, 2, 2, 0, 1}, random);
+        test_patches(exec, batch, {3, rows, 3, 1, 1, 1}, random);
+        test_patches(exec, batch, {5, rows, 1, 1, 0, 1}, random);
+        test_patches(exec, batch, {2, rows, 3, 2, 3, 2}, random);
+        test_patches(exec, batch, {33, rows, 3, 1, 0, 1}, random);
       }
     for (const int64_t images : {0, 1, 2, 3, 7})
       for (const int64_t channels : {16, 33})

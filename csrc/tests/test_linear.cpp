@@ -1,4 +1,4 @@
-// masked_linear, aligned_linear and compact_linear against loops in double, and the
+// masked_linear, panel_linear, aligned_linear and compact_linear against loops in double, and the
 // order of its rows.
 #include "testing.h"
 
@@ -50,6 +50,16 @@ void test_linear(
   std::vector<float> y(tokens * shape.rows, NAN);
   masked_linear({p.x.data(), p.values.data(), period, p.words.data(), p.bias_or_null(), p.scale,
                     tokens, shape.rows, shape.cols, y.data()},
+      exec);
+  p.check(y, exec);
+}
+
+void test_panels(
+    const Exec& exec, int64_t tokens, Shape shape, int64_t period, bool has_bias, Random& random) {
+  const Problem p(tokens, shape, period, has_bias, random);
+  std::vector<float> y(tokens * shape.rows, NAN);
+  panel_linear({p.x.data(), p.values.data(), period, p.words.data(), p.bias_or_null(), p.scale,
+                   tokens, shape.rows, shape.cols, y.data()},
       exec);
   p.check(y, exec);
 }
@@ -178,6 +188,16 @@ int main() {
     test_aligned(exec, 9, {40, 5000}, 10'000, false, random);
     for (const Shape empty : {Shape{0, 5}, Shape{4, 0}, Shape{4, 5}})
       test_aligned(exec, empty.cols == 5 && empty.rows == 4 ? 0 : 3, empty, 5, true, random);
+    for (const int64_t cols : kCols)
+      for (const int64_t rows : {1, 16, 37})
+        for (const int64_t tokens : {1, 5, 6, 13})
+          for (const int64_t period : {int64_t{3}, cols, cols + 1, rows * cols})
+            test_panels(exec, tokens, {rows, cols}, period, tokens % 2 == 0, random);
+    // Panels in several turns, each thread decoding all of them; nothing.
+    test_panels(exec, 9, {200, 1300}, 4000, true, random);
+    test_panels(exec, 400, {40, 5000}, 777, false, random);
+    for (const Shape empty : {Shape{0, 5}, Shape{4, 0}, Shape{4, 5}})
+      test_panels(exec, empty.cols == 5 && empty.rows == 4 ? 0 : 3, empty, 7, true, random);
     // Several column blocks, many rows, few rows with many tokens, a walk with a stride.
     test_linear(exec, 2, {9, 13'001}, 4000, true, random);
     test_linear(exec, 7, {5, 5000}, 25'000, true, random);

@@ -308,6 +308,12 @@ Patches patches_of(const Images& x, const std::vector<int64_t>& geometry) {
       g[2], g[3], g[4], g[5], g[6], g[7]};
 }
 
+// Whether the patches are the pixels.
+bool is_pointwise(const std::vector<int64_t>& geometry) {
+  const int64_t* g = geometry.data();
+  return std::count(g, g + 4, 1) == 4 && g[4] == 0 && g[5] == 0;
+}
+
 // Of tokens [tokens, cols], x and y to be set.
 AlignedLinear aligned_of(
     int64_t tokens, int64_t cols, const Tensor& values, const Tensor& tiles, int64_t rows) {
@@ -330,8 +336,7 @@ AlignedLinear aligned_of(const Images& x, const Tensor& values, const Tensor& ti
   const Patches patches = patches_of(x, geometry);
   AlignedLinear params =
       aligned_of(x.batch * patches.per_image(), patches.floats(), values, tiles, rows);
-  const auto* g = geometry.data();
-  if (std::count(g, g + 4, 1) < 4 || g[4] > 0 || g[5] > 0) // else they are the pixels
+  if (!is_pointwise(geometry))
     params.patches = patches;
   return params;
 }
@@ -418,26 +423,58 @@ void depthwise_fused_op(Tensor y, const Tensor& x, const Tensor& values, const T
   depthwise_conv2d(params, exec());
 }
 
-// Of images x, itself to be set, as y.
-StemConv2d stem_of(const Images& x, const Tensor& values, const Tensor& words,
-    const std::vector<int64_t>& geometry) {
-  const Patches patches = patches_of(x, geometry);
-  const uint32_t* bits = words_of(words, patches.floats());
-  const int64_t rows = words.size(0), period = period_of(values, rows * patches.floats());
-  return {nullptr, floats_of("values", values, values.numel()), period, bits, x.batch, rows,
-      patches, nullptr, {}};
+// Of tokens [tokens, cols], x and y to be set.
+PanelLinear panel_of(int64_t tokens, int64_t cols, const Tensor& values, const Tensor& words) {
+  const uint32_t* bits = words_of(words, cols);
+  const int64_t rows = words.size(0), period = period_of(values, rows * cols);
+  return {nullptr, floats_of("values", values, values.numel()), period, bits, nullptr, 1.0f, tokens,
+      rows, cols, nullptr, {}, {}};
 }
 
-// x and y are [B, H, W, C].
-void stem_fused_op(Tensor y, const Tensor& x, const Tensor& values, const Tensor& words,
+// The convolution of images.
+PanelLinear panel_of(const Images& x, const Tensor& values, const Tensor& words,
+    const std::vector<int64_t>& geometry) {
+  const Patches patches = patches_of(x, geometry);
+  PanelLinear params = panel_of(x.batch * patches.per_image(), patches.floats(), values, words);
+  if (!is_pointwise(geometry))
+    params.patches = patches;
+  return params;
+}
+
+// Of x [M, K], or of images [B, H, W, C] where there is a geometry.
+PanelLinear panel_of(const Tensor& x, const Tensor& values, const Tensor& words,
+    const std::vector<int64_t>& geometry) {
+  PanelLinear params;
+  if (geometry.empty()) {
+    const Shape shape = matrix("x", x);
+    params = panel_of(shape.rows, shape.cols, values, words);
+  } else {
+    params = panel_of(images_of(x), values, words, geometry);
+  }
+  params.x = floats_of("x", x, x.numel());
+  return params;
+}
+
+Tensor panel_linear_op(const Tensor& x, const Tensor& values, const Tensor& words,
+    const OptionalTensor& bias, const OptionalTensor& scale, const std::vector<int64_t>& geometry) {
+  PanelLinear params = panel_of(x, values, words, geometry);
+  params.bias = bias ? floats_of("bias", *bias, params.rows) : nullptr;
+  params.scale = scale_of(scale);
+  Tensor y = empty({params.tokens, params.rows}, ScalarType::Float);
+  params.y = y.mutable_data_ptr<float>();
+  panel_linear(params, exec());
+  return y;
+}
+
+// panel_linear with an epilogue, to y [tokens, rows].
+void panel_linear_fused_op(Tensor y, const Tensor& x, const Tensor& values, const Tensor& words,
     const Tensor& affine, const std::string& activation, const OptionalTensor& residual,
     const std::vector<int64_t>& geometry) {
-  StemConv2d params = stem_of(images_of(x), values, words, geometry);
-  floats_of("y", y, params.tokens() * params.rows);
-  params.x = floats_of("x", x, x.numel());
+  PanelLinear params = panel_of(x, values, words, geometry);
+  floats_of("y", y, params.tokens * params.rows);
   params.y = y.mutable_data_ptr<float>();
   params.epilogue = epilogue_of(affine, activation, residual, y.numel(), params.rows);
-  stem_conv2d(params, exec());
+  panel_linear(params, exec());
 }
 
 // What one of the convolutions of a chain is: the kernel's number, whether the input is added, and
@@ -474,7 +511,7 @@ MaskedConv2dChain::Step step_of(Images& at, const Tensor& values, const Tensor& 
     check(std::get<AlignedLinear>(made.conv).patterns == 1, "values: several row patterns");
     break;
   default:
-    made.conv = finished(stem_of(at, values, bits, g));
+    made.conv = finished(panel_of(at, values, bits, g));
     check(bits.size(0) == rows, "affine: ", rows, " channels, expected ", bits.size(0));
   }
   check(!made.adds_input || made.outputs == inputs, "x: its size changes in a residual step");
@@ -621,7 +658,9 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("depthwise_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor words, int kernel_h, "
         "int kernel_w, int pad_h, int pad_w, Tensor affine, str activation, Tensor? residual) -> "
         "()");
-  m.def("stem_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor words, Tensor affine, "
+  m.def("panel_linear(Tensor x, Tensor values, Tensor words, Tensor? bias, Tensor? scale, "
+        "int[] geometry) -> Tensor");
+  m.def("panel_linear_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor words, Tensor affine, "
         "str activation, Tensor? residual, int[] geometry) -> ()");
   m.def("masked_conv2d_chain(Tensor x, Tensor[] values, Tensor[] bits, Tensor[] affines, "
         "str[] activations, int[] numbers) -> Tensor");
@@ -657,7 +696,8 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("compact_linear", TORCH_BOX(&compact_linear_op));
   m.impl("aligned_linear_fused_", TORCH_BOX(&aligned_linear_fused_op));
   m.impl("depthwise_fused_", TORCH_BOX(&depthwise_fused_op));
-  m.impl("stem_fused_", TORCH_BOX(&stem_fused_op));
+  m.impl("panel_linear", TORCH_BOX(&panel_linear_op));
+  m.impl("panel_linear_fused_", TORCH_BOX(&panel_linear_fused_op));
   m.impl("masked_conv2d_chain", TORCH_BOX(&masked_conv2d_chain_op));
   m.impl("finish_", TORCH_BOX(&finish_op));
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));

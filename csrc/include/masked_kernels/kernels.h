@@ -180,6 +180,21 @@ struct AlignedLinear {
 void aligned_linear(const AlignedLinear& params, const Exec& exec);
 bool can_be_in_place(const AlignedLinear& params, const Exec& exec); // whether y may be x
 
+// As masked_linear, for many tokens; or a convolution.
+struct PanelLinear {
+  const float* x;
+  const float* values;
+  int64_t period;
+  const uint32_t* words;
+  const float* bias; // [N] or null
+  float scale;
+  int64_t tokens, rows, cols; // M, N, K
+  float* y;
+  Epilogue epilogue = {}; // instead of bias and scale
+  Patches patches = {};   // of images x that are the tokens; else x [M, K] is
+};
+void panel_linear(const PanelLinear& params, const Exec& exec);
+
 // As masked_linear, for a dense weight of which only what the mask keeps is there.
 struct CompactLinear {
   const float* x;
@@ -212,27 +227,11 @@ struct DepthwiseConv2d {
 void depthwise_conv2d(const DepthwiseConv2d& params, const Exec& exec);
 bool can_be_in_place(const DepthwiseConv2d& params, const Exec& exec); // whether y may be x
 
-// y [B, H', W', N] = epilogue of images convolved with rows of a few columns
-struct StemConv2d {
-  const float* x;
-  const float* values;
-  int64_t period;
-  const uint32_t* words;
-  int64_t batch, rows;
-  Patches patches;
-  float* y;
-  Epilogue epilogue;
-
-  int64_t cols() const { return patches.floats(); }
-  int64_t tokens() const { return batch * patches.per_image(); }
-};
-void stem_conv2d(const StemConv2d& params, const Exec& exec);
-
 // y = convolutions of x in turn, each of what the one before has made.
 struct MaskedConv2dChain {
   struct Step {
     // Of one image, with x, y and residual to be set.
-    std::variant<DepthwiseConv2d, AlignedLinear, StemConv2d> conv;
+    std::variant<DepthwiseConv2d, AlignedLinear, PanelLinear> conv;
     bool adds_input; // its residual is its x
     int64_t outputs; // floats of its y
   };

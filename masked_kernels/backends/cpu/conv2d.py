@@ -1,7 +1,7 @@
 """Masked convolutions, forward and backward."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,11 @@ from .aligned import Geometry, aligned_linear
 from .depthwise import as_pixels, depthwise, depthwise_grad_weight, depthwise_grad_x, is_depthwise
 from .grad import apply_scores, masked_
 from .linear import masked_linear, masked_linear_grad_x
+from .panels import panel_linear
 from .plan import linear_plan
 
 _MANY_CHANNELS = 16  # worth copying at once
-_MANY_PIXELS = 1024  # 256 pixels favour the matrix product 1.5 times, 25,088 the convolution 1.2
+MANY_PIXELS = 1024  # 256 pixels favour the matrix product 1.5 times, 25,088 the convolution 1.2
 
 
 def masked_conv2d(
@@ -42,16 +43,33 @@ def masked_conv2d(
     if is_depthwise(x, size, stride, dilation, groups):
         return depthwise(x, values, words, bias, scale, kernel_size, padding)
     geometry = [*kernel_size, *stride, *padding, *dilation]
-    pixels = as_pixels(x)
-    if memory_format == torch.channels_last and is_aligned_conv2d(
-        pixels.shape, words.shape[0], values.numel(), geometry, groups, x.dtype
-    ):
-        tokens = aligned_linear(pixels, values, words, bias, scale, geometry)
+    multiply = _product(x, values, words, geometry, groups)
+    if multiply is not None:
+        tokens = multiply(as_pixels(x), values, words, bias, scale, geometry)
         spatial = out_size(x.shape[2:], geometry)
         return tokens.view(x.shape[0], *spatial, -1).permute(0, 3, 1, 2)
     weight = _conv_weight(x, values, words, scale, x.shape[1] // groups, kernel_size)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return y.contiguous(memory_format=memory_format)
+
+
+def _product(
+    x: Tensor, values: Tensor, words: Tensor, geometry: Geometry, groups: int
+) -> Callable[..., Tensor] | None:
+    """What multiplies the patches of an image; None where the library's convolution is faster, or
+    can do what no product of ours can.
+    """
+    if (
+        conv_memory_format(x) != torch.channels_last
+        or groups != 1
+        or not x.dtype == values.dtype == torch.float32
+    ):
+        return None
+    size = (x.shape[0], *x.shape[2:], x.shape[1])
+    if is_aligned_conv2d(size, words.shape[0], values.numel(), geometry, groups, x.dtype):
+        return aligned_linear
+    pixels = x.shape[0] * math.prod(out_size(x.shape[2:], geometry))
+    return panel_linear if pixels < MANY_PIXELS else None
 
 
 def is_aligned_conv2d(
@@ -169,7 +187,7 @@ def _is_for_library(x: Tensor, outputs: int, period: int) -> bool:
     batch, channels, height, width = x.shape
     pixels = batch * height * width
     return (
-        pixels >= _MANY_PIXELS
+        pixels >= MANY_PIXELS
         and x.dtype == torch.float32
         and linear_plan(pixels, outputs, channels, period, x.dtype, isa()) == "panels"
     )

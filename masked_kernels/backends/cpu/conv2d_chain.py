@@ -1,5 +1,6 @@
 """Fused convolutions in turn."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,10 +12,10 @@ from ._native import as_float, native
 from .aligned import aligned_operands
 from .conv2d import is_aligned_conv2d, out_size
 from .depthwise import as_pixels
-from .fused import fused_, is_fused_depthwise, is_stem, pixels_size
+from .fused import fused_, is_by_panels, is_fused_depthwise, pixels_size
 from .plan import row_patterns
 
-_DEPTHWISE, _ALIGNED, _STEM = range(3)  # numbers that the kernels know
+_DEPTHWISE, _ALIGNED, _PANELS = range(3)  # numbers that the kernels know
 _SLICE_BYTES = 1 << 20  # of an activation, for each thread
 
 
@@ -79,6 +80,7 @@ def _kernels(
     for i, (outputs, period) in enumerate(zip(rows, periods, strict=True)):
         *of_step, groups = geometry[i * _fused.GEOMETRY : (i + 1) * _fused.GEOMETRY]
         *spatial, channels = size
+        out = out_size(spatial, of_step)
         cols = channels // groups * of_step[0] * of_step[1]
         if is_fused_depthwise(channels, outputs, of_step, groups):
             number = _DEPTHWISE
@@ -86,12 +88,12 @@ def _kernels(
             (1, *size), outputs, period, of_step, groups, torch.float32
         ):
             number = _ALIGNED
-        elif is_stem(outputs, cols, groups):
-            number = _STEM
+        elif is_by_panels(outputs, cols, math.prod(out), groups):
+            number = _PANELS
         else:
             return None
         kernels.append(_Kernel(number, channels, tuple(of_step)))
-        size = (*out_size(spatial, of_step), outputs)
+        size = (*out, outputs)
     return kernels
 
 

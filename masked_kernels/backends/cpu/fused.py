@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._native import as_float, native
+from ._native import native
 from .aligned import Geometry, aligned_linear_fused_
-from .conv2d import is_aligned_conv2d, masked_conv2d, out_size
+from .conv2d import MANY_PIXELS, is_aligned_conv2d, masked_conv2d, out_size
 from .depthwise import as_pixels, depthwise_fused_
+from .panels import panel_linear_fused_
 from .plan import row_patterns
 
 _FEW_COLUMNS = 1024  # up to 576 it beats the library, at 768 it is as fast
@@ -66,10 +67,8 @@ def fused_(
     ):
         aligned_linear_fused_(y, x, values, words, affine, activation, residual, flat)
         return
-    if is_stem(outputs, cols, groups):
-        native().stem_fused_(
-            y, x, as_float(values), words.contiguous(), affine, activation, residual, flat
-        )
+    if is_by_panels(outputs, cols, y.shape[:3].numel(), groups):
+        panel_linear_fused_(y, x, values, words, affine, activation, residual, flat)
         return
     image = masked_conv2d(x.permute(0, 3, 1, 2), values, words, None, None, *geometry)
     y.copy_(image.permute(0, 2, 3, 1))
@@ -85,6 +84,10 @@ def is_fused_depthwise(channels: int, rows: int, geometry: Geometry, groups: int
     return groups == channels == rows and stride_and_dilation == [1, 1, 1, 1]
 
 
-def is_stem(rows: int, cols: int, groups: int) -> bool:
-    """Whether the kernel for weights of few columns serves a weight ``[rows, cols]``."""
-    return groups == 1 and 1 <= cols <= _FEW_COLUMNS and rows >= _MANY_ROWS
+def is_by_panels(rows: int, cols: int, pixels: int, groups: int) -> bool:
+    """Whether a weight ``[rows, cols]`` is best multiplied with patches by our own product: where
+    the library's convolution must wait for a weight that serves few pixels, or has little to gain.
+    """
+    if groups != 1 or cols == 0:
+        return False
+    return pixels < MANY_PIXELS or (cols <= _FEW_COLUMNS and rows >= _MANY_ROWS)

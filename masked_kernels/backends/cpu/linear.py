@@ -10,6 +10,7 @@ from ._native import as_float, is_float, isa, native, optional_float, scaled_
 from ._scratch import decoded, scratch
 from .aligned import aligned_linear, aligned_linear_grad_x, bind_aligned_linear
 from .grad import apply_scores, masked_
+from .panels import panel_linear
 from .plan import Plan, linear_plan, row_patterns
 
 _PANEL_BYTES = 1 << 22  # small enough for the L2 caches, large enough to occupy the threads
@@ -38,6 +39,8 @@ def bind_masked_linear(
         if plan == "direct":
             run = native().masked_linear.default
             return lambda x: run(x, values, words, bias, scale)
+        panel_linear = native().panel_linear.default
+        return lambda x: panel_linear(x, values, words, bias, scale, ())
     run = LINEAR[plan]
     return lambda x: run(x, values, words, bias, scale)
 
@@ -95,6 +98,8 @@ def _direct_linear(
 def _panels_linear(
     x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None
 ) -> Tensor:
+    if is_float(x) and is_float(values):
+        return panel_linear(x, values, words, bias, scale)
     if words.shape[0] <= _panel_height(values, x.shape[1]):
         return F.linear(x, scaled_(decoded(values, words, x.shape[1]), scale), bias)
     y = x.new_empty((x.shape[0], words.shape[0]))

@@ -283,8 +283,7 @@ Epilogue epilogue_of(const Tensor& affine, const std::string& activation,
 struct Images {
   int64_t batch, height, width, channels;
 
-  int64_t pixels() const { return batch * height * width; }
-  int64_t floats() const { return pixels() * channels; }
+  int64_t floats() const { return batch * height * width * channels; }
 };
 
 Images images_of(const Tensor& x) {
@@ -308,16 +307,31 @@ Patches patches_of(const Images& x, const std::vector<int64_t>& geometry) {
       g[2], g[3], g[4], g[5], g[6], g[7]};
 }
 
-// Whether the patches are the pixels.
-bool is_pointwise(const std::vector<int64_t>& geometry) {
+// What a product multiplies: tokens [count, cols], or the patches of images.
+struct Inputs {
+  int64_t count, cols;
+  Patches patches;
+};
+
+Inputs inputs_of(const Images& x, const std::vector<int64_t>& geometry) {
+  const Patches patches = patches_of(x, geometry);
   const int64_t* g = geometry.data();
-  return std::count(g, g + 4, 1) == 4 && g[4] == 0 && g[5] == 0;
+  const bool are_pixels = std::count(g, g + 4, 1) == 4 && g[4] == 0 && g[5] == 0;
+  return {x.batch * patches.per_image(), patches.floats(), are_pixels ? Patches{} : patches};
 }
 
-// Of tokens [tokens, cols], x and y to be set.
+// Of x [M, K], or of images [B, H, W, C] where there is a geometry.
+Inputs inputs_of(const Tensor& x, const std::vector<int64_t>& geometry) {
+  if (!geometry.empty())
+    return inputs_of(images_of(x), geometry);
+  const Shape shape = matrix("x", x);
+  return {shape.rows, shape.cols, {}};
+}
+
+// x and y are to be set.
 AlignedLinear aligned_of(
-    int64_t tokens, int64_t cols, const Tensor& values, const Tensor& tiles, int64_t rows) {
-  const int64_t period = period_of(values, rows * cols);
+    const Inputs& inputs, const Tensor& values, const Tensor& tiles, int64_t rows) {
+  const int64_t cols = inputs.cols, period = period_of(values, rows * cols);
   const int64_t patterns = std::max<int64_t>(period / std::max<int64_t>(cols, 1), 1);
   check(cols % period == 0 || period == patterns * cols, "values: period ", period,
       " does not align with rows of ", cols);
@@ -326,38 +340,22 @@ AlignedLinear aligned_of(
       AlignedRows(rows, patterns).all_blocks() * ceil_div(cols, kTileColumns) * AlignedRows::kBlock;
   check(tiles.numel() == count, "tiles: ", tiles.numel(), " words, expected ", count);
   return {nullptr, floats_of("values", values, values.numel()), period, patterns,
-      static_cast<const uint32_t*>(tiles.const_data_ptr()), nullptr, 1.0f, tokens, rows, cols,
-      nullptr, {}, {}};
+      static_cast<const uint32_t*>(tiles.const_data_ptr()), nullptr, 1.0f, inputs.count, rows, cols,
+      nullptr, {}, inputs.patches};
 }
 
-// The convolution of images.
-AlignedLinear aligned_of(const Images& x, const Tensor& values, const Tensor& tiles, int64_t rows,
-    const std::vector<int64_t>& geometry) {
-  const Patches patches = patches_of(x, geometry);
-  AlignedLinear params =
-      aligned_of(x.batch * patches.per_image(), patches.floats(), values, tiles, rows);
-  if (!is_pointwise(geometry))
-    params.patches = patches;
-  return params;
-}
-
-// Of x [M, K], or of images [B, H, W, C] where there is a geometry.
-AlignedLinear aligned_of(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
-    const std::vector<int64_t>& geometry) {
-  AlignedLinear params;
-  if (geometry.empty()) {
-    const Shape shape = matrix("x", x);
-    params = aligned_of(shape.rows, shape.cols, values, tiles, rows);
-  } else {
-    params = aligned_of(images_of(x), values, tiles, rows, geometry);
-  }
-  params.x = floats_of("x", x, x.numel());
-  return params;
+// x and y are to be set.
+PanelLinear panel_of(const Inputs& inputs, const Tensor& values, const Tensor& words) {
+  const uint32_t* bits = words_of(words, inputs.cols);
+  const int64_t rows = words.size(0), period = period_of(values, rows * inputs.cols);
+  return {nullptr, floats_of("values", values, values.numel()), period, bits, nullptr, 1.0f,
+      inputs.count, rows, inputs.cols, nullptr, {}, inputs.patches};
 }
 
 Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& tiles, int64_t rows,
     const OptionalTensor& bias, const OptionalTensor& scale, const std::vector<int64_t>& geometry) {
-  AlignedLinear params = aligned_of(x, values, tiles, rows, geometry);
+  AlignedLinear params = aligned_of(inputs_of(x, geometry), values, tiles, rows);
+  params.x = floats_of("x", x, x.numel());
   params.bias = bias ? floats_of("bias", *bias, rows) : nullptr;
   params.scale = scale_of(scale);
   Tensor y = empty({params.tokens, rows}, ScalarType::Float);
@@ -387,7 +385,8 @@ Tensor compact_linear_op(const Tensor& x, const Tensor& kept, const Tensor& star
 void aligned_linear_fused_op(Tensor y, const Tensor& x, const Tensor& values, const Tensor& tiles,
     int64_t rows, const Tensor& affine, const std::string& activation,
     const OptionalTensor& residual, const std::vector<int64_t>& geometry) {
-  AlignedLinear params = aligned_of(x, values, tiles, rows, geometry);
+  AlignedLinear params = aligned_of(inputs_of(x, geometry), values, tiles, rows);
+  params.x = floats_of("x", x, x.numel());
   check(params.patterns == 1, "values: ", params.patterns, " row patterns, expected 1");
   floats_of("y", y, params.tokens * rows);
   params.y = y.mutable_data_ptr<float>();
@@ -395,7 +394,7 @@ void aligned_linear_fused_op(Tensor y, const Tensor& x, const Tensor& values, co
   aligned_linear(params, exec());
 }
 
-// Of images x, itself to be set, as y.
+// x and y are to be set.
 DepthwiseConv2d depthwise_of(const Images& x, const Tensor& values, const Tensor& words,
     int64_t kernel_h, int64_t kernel_w, int64_t pad_h, int64_t pad_w) {
   check(kernel_h >= 1 && kernel_w >= 1 && pad_h >= 0 && pad_w >= 0, "kernel, padding: got ",
@@ -423,41 +422,10 @@ void depthwise_fused_op(Tensor y, const Tensor& x, const Tensor& values, const T
   depthwise_conv2d(params, exec());
 }
 
-// Of tokens [tokens, cols], x and y to be set.
-PanelLinear panel_of(int64_t tokens, int64_t cols, const Tensor& values, const Tensor& words) {
-  const uint32_t* bits = words_of(words, cols);
-  const int64_t rows = words.size(0), period = period_of(values, rows * cols);
-  return {nullptr, floats_of("values", values, values.numel()), period, bits, nullptr, 1.0f, tokens,
-      rows, cols, nullptr, {}, {}};
-}
-
-// The convolution of images.
-PanelLinear panel_of(const Images& x, const Tensor& values, const Tensor& words,
-    const std::vector<int64_t>& geometry) {
-  const Patches patches = patches_of(x, geometry);
-  PanelLinear params = panel_of(x.batch * patches.per_image(), patches.floats(), values, words);
-  if (!is_pointwise(geometry))
-    params.patches = patches;
-  return params;
-}
-
-// Of x [M, K], or of images [B, H, W, C] where there is a geometry.
-PanelLinear panel_of(const Tensor& x, const Tensor& values, const Tensor& words,
-    const std::vector<int64_t>& geometry) {
-  PanelLinear params;
-  if (geometry.empty()) {
-    const Shape shape = matrix("x", x);
-    params = panel_of(shape.rows, shape.cols, values, words);
-  } else {
-    params = panel_of(images_of(x), values, words, geometry);
-  }
-  params.x = floats_of("x", x, x.numel());
-  return params;
-}
-
 Tensor panel_linear_op(const Tensor& x, const Tensor& values, const Tensor& words,
     const OptionalTensor& bias, const OptionalTensor& scale, const std::vector<int64_t>& geometry) {
-  PanelLinear params = panel_of(x, values, words, geometry);
+  PanelLinear params = panel_of(inputs_of(x, geometry), values, words);
+  params.x = floats_of("x", x, x.numel());
   params.bias = bias ? floats_of("bias", *bias, params.rows) : nullptr;
   params.scale = scale_of(scale);
   Tensor y = empty({params.tokens, params.rows}, ScalarType::Float);
@@ -470,23 +438,25 @@ Tensor panel_linear_op(const Tensor& x, const Tensor& values, const Tensor& word
 void panel_linear_fused_op(Tensor y, const Tensor& x, const Tensor& values, const Tensor& words,
     const Tensor& affine, const std::string& activation, const OptionalTensor& residual,
     const std::vector<int64_t>& geometry) {
-  PanelLinear params = panel_of(x, values, words, geometry);
+  PanelLinear params = panel_of(inputs_of(x, geometry), values, words);
+  params.x = floats_of("x", x, x.numel());
   floats_of("y", y, params.tokens * params.rows);
   params.y = y.mutable_data_ptr<float>();
   params.epilogue = epilogue_of(affine, activation, residual, y.numel(), params.rows);
   panel_linear(params, exec());
 }
 
-// What one of the convolutions of a chain is: the kernel's number, whether the input is added, and
-// the geometry.
+// What one of the convolutions of a chain is: its kernel, by the number that conv2d_chain.py gives
+// it, whether the input is added, and the geometry.
 struct StepNumbers {
   static constexpr size_t kCount = 10;
-  int64_t kernel;
+  enum Kernel : int64_t { depthwise, aligned, panels } kernel;
   bool adds_input;
   std::vector<int64_t> geometry;
 
   explicit StepNumbers(const int64_t* from)
-      : kernel(from[0]), adds_input(from[1]), geometry(from + 2, from + kCount) {}
+      : kernel(static_cast<Kernel>(from[0])), adds_input(from[1]),
+        geometry(from + 2, from + kCount) {}
 };
 
 // Step of a chain on one image of the size `at`, which becomes that of its outputs. `bits` are
@@ -502,17 +472,22 @@ MaskedConv2dChain::Step step_of(Images& at, const Tensor& values, const Tensor& 
   };
   MaskedConv2dChain::Step made{{}, step.adds_input, patches.per_image() * rows};
   switch (step.kernel) {
-  case 0:
+  case StepNumbers::depthwise:
     check(rows == at.channels, "affine: ", rows, " channels, expected ", at.channels);
+    check(std::count(g.begin() + 2, g.begin() + 4, 1) + std::count(g.begin() + 6, g.end(), 1) == 4,
+        "numbers: a stride or dilation that the depthwise kernel does not have");
     made.conv = finished(depthwise_of(at, values, bits, g[0], g[1], g[4], g[5]));
     break;
-  case 1:
-    made.conv = finished(aligned_of(at, values, bits, rows, g));
+  case StepNumbers::aligned:
+    made.conv = finished(aligned_of(inputs_of(at, g), values, bits, rows));
     check(std::get<AlignedLinear>(made.conv).patterns == 1, "values: several row patterns");
     break;
-  default:
-    made.conv = finished(panel_of(at, values, bits, g));
+  case StepNumbers::panels:
+    made.conv = finished(panel_of(inputs_of(at, g), values, bits));
     check(bits.size(0) == rows, "affine: ", rows, " channels, expected ", bits.size(0));
+    break;
+  default:
+    check(false, "numbers: got kernel ", int64_t{step.kernel});
   }
   check(!made.adds_input || made.outputs == inputs, "x: its size changes in a residual step");
   at = {1, patches.out_height, patches.out_width, rows};

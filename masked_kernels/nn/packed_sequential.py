@@ -41,13 +41,16 @@ class PackedSequential(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the plain form; the result of a fused op is channels_last."""
-        if not all(list(modules.values()) == held for modules, held in self._planned):
-            self._planned = []
-        if not self._planned:
+        if not self._is_as_planned():
             self._planned, self._steps = list(_contents(self)), plan(self)
             self._chain = _Chain.of(self._steps)
         y = None if self._chain is None else self._chain(x)
         return _run(self._steps, x) if y is None else y
+
+    def _is_as_planned(self) -> bool:
+        return bool(self._planned) and all(
+            list(modules.values()) == held for modules, held in self._planned
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the plan, which is made anew."""

@@ -262,12 +262,12 @@ def test_the_orders_that_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_large_batch_runs_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a step is the library's: 16 channels that share no prototype's values."""
+    """Where a step is the library's: 16 outputs of a large image, whose values do not align."""
     if reason := mk.backends()["cpu"]:
         pytest.skip(f"backend 'cpu' is unavailable: {reason}")
     from masked_kernels.backends.cpu import conv2d_chain
 
-    model, x = trained(align=False, dim=16), torch.randn(5, 3, 16, 16)
+    model, x = trained(align=False, dim=16), torch.randn(5, 3, 64, 64)
     truth = copy.deepcopy(model)
     mk.materialize_(truth)
     expected = model(x)

@@ -14,7 +14,7 @@ constexpr int64_t kPanelRows = 16;
 constexpr int64_t kMostTokens = 12;
 constexpr int64_t kPanelsFloats = 1 << 16; // of panels that are multiplied in turn
 // Columns that one running sum takes. A total of short sums rounds less than a long sum.
-constexpr int64_t kRun = 256;
+constexpr int64_t kRun = 64;
 
 // sums [tokens, 16] = the product of a panel [cols, 16] with the rows x
 using Multiply = void (*)(const float* panel, const float* const* x, int64_t cols, float* sums);

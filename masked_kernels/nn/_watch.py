@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _version = attrgetter("_version")
@@ -29,8 +28,6 @@ class Watch:
         """Since the last time that this was asked; True at first, and always for tensors of
         inference mode, which have no version: a change would go unseen.
         """
-        if torch.compiler.is_compiling():
-            return True
         tensors = self.tensors()
         if any(map(Tensor.is_inference, tensors)):
             return True

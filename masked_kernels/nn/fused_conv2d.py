@@ -126,6 +126,8 @@ class FusedConv2d:
 
     def operands(self) -> "Operands":
         """Prepared anew after a change of what they are made of."""
+        if torch.compiler.is_compiling():
+            return self._prepare()  # of tensors that are no more than this trace
         if self._watch.has_changed() or self._prepared is None:
             self._prepared = self._prepare()
         return self._prepared

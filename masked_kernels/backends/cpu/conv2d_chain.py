@@ -1,6 +1,5 @@
 """Fused convolutions in turn."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,12 +9,11 @@ from torch import Tensor
 from .. import _fused
 from ._native import as_float, native
 from .aligned import aligned_operands
-from .conv2d import is_aligned_conv2d, out_size
+from .conv2d import out_size
 from .depthwise import as_pixels
-from .fused import fused_, is_by_panels, is_fused_depthwise, pixels_size
-from .plan import row_patterns
+from .fused import Kernel, fused_, kernel_of, pixels_size
 
-_DEPTHWISE, _ALIGNED, _PANELS = range(3)  # numbers that the kernels know
+_NUMBERS: dict[Kernel, int] = {"depthwise": 0, "aligned": 1, "panels": 2}
 _SLICE_BYTES = 1 << 20  # of an activation, for each thread
 
 
@@ -43,7 +41,7 @@ def bind_masked_conv2d_chain(
         return lambda x: _in_slices(as_pixels(x), steps).permute(0, 3, 1, 2)
     operands = [
         aligned_operands(kernel.channels, v, w, kernel.geometry)
-        if kernel.number == _ALIGNED
+        if kernel.number == _NUMBERS["aligned"]
         else (as_float(v), w.contiguous())
         for kernel, v, w in zip(kernels, values, words, strict=True)
     ]
@@ -80,20 +78,11 @@ def _kernels(
     for i, (outputs, period) in enumerate(zip(rows, periods, strict=True)):
         *of_step, groups = geometry[i * _fused.GEOMETRY : (i + 1) * _fused.GEOMETRY]
         *spatial, channels = size
-        out = out_size(spatial, of_step)
-        cols = channels // groups * of_step[0] * of_step[1]
-        if is_fused_depthwise(channels, outputs, of_step, groups):
-            number = _DEPTHWISE
-        elif row_patterns(cols, period) == 1 and is_aligned_conv2d(
-            (1, *size), outputs, period, of_step, groups, torch.float32
-        ):
-            number = _ALIGNED
-        elif is_by_panels(outputs, cols, math.prod(out), groups):
-            number = _PANELS
-        else:
+        kernel = kernel_of((1, *size), outputs, period, of_step, groups)
+        if kernel is None:
             return None
-        kernels.append(_Kernel(number, channels, tuple(of_step)))
-        size = (*out, outputs)
+        kernels.append(_Kernel(_NUMBERS[kernel], channels, tuple(of_step)))
+        size = (*out_size(spatial, of_step), outputs)
     return kernels
 
 

@@ -1,7 +1,9 @@
 """Convolution, norms, activation and residual as one op, for inference."""
 
 import itertools
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from .conv2d import MANY_PIXELS, is_aligned_conv2d, masked_conv2d, out_size
 from .depthwise import as_pixels, depthwise_fused_
 from .panels import panel_linear_fused_
 from .plan import row_patterns
+
+Kernel = Literal["depthwise", "aligned", "panels"]
 
 _FEW_COLUMNS = 1024  # up to 576 it beats the library, at 768 it is as fast
 _MANY_ROWS = 32  # 16 do not repay copying a patch
@@ -54,21 +58,15 @@ def fused_(
     values, words, affine, activation = operands
     kernel_size, stride, padding, dilation, groups = geometry
     affine = affine.contiguous()
-    channels = x.shape[3]
     flat = [*kernel_size, *stride, *padding, *dilation]
-    if is_fused_depthwise(channels, words.shape[0], flat, groups):
+    outputs = words.shape[0]
+    kernel = kernel_of(x.shape, outputs, values.numel(), flat, groups)
+    if kernel == "depthwise":
         depthwise_fused_(y, x, values, words, affine, activation, residual, kernel_size, padding)
         return
-    outputs = words.shape[0]
-    cols = channels * kernel_size[0] * kernel_size[1]
-    period = values.numel()
-    if row_patterns(cols, period) == 1 and is_aligned_conv2d(
-        x.shape, outputs, period, flat, groups, x.dtype
-    ):
-        aligned_linear_fused_(y, x, values, words, affine, activation, residual, flat)
-        return
-    if is_by_panels(outputs, cols, y.shape[:3].numel(), groups):
-        panel_linear_fused_(y, x, values, words, affine, activation, residual, flat)
+    if kernel is not None:
+        multiply = aligned_linear_fused_ if kernel == "aligned" else panel_linear_fused_
+        multiply(y, x, values, words, affine, activation, residual, flat)
         return
     image = masked_conv2d(x.permute(0, 3, 1, 2), values, words, None, None, *geometry)
     y.copy_(image.permute(0, 2, 3, 1))
@@ -78,16 +76,26 @@ def fused_(
     )
 
 
-def is_fused_depthwise(channels: int, rows: int, geometry: Geometry, groups: int) -> bool:
-    """Whether the depthwise kernel serves a convolution of pixels."""
-    stride_and_dilation = [*geometry[2:4], *geometry[6:8]]
-    return groups == channels == rows and stride_and_dilation == [1, 1, 1, 1]
-
-
-def is_by_panels(rows: int, cols: int, pixels: int, groups: int) -> bool:
-    """Whether a weight ``[rows, cols]`` is best multiplied with patches by our own product: where
-    the library's convolution must wait for a weight that serves few pixels, or has little to gain.
-    """
+def kernel_of(
+    size: Sequence[int],  # of the pixels [B, H, W, C]
+    rows: int,
+    period: int,
+    geometry: Geometry,
+    groups: int,
+) -> Kernel | None:
+    """The kernel that serves a convolution with all that follows; None for the library's."""
+    batch, *spatial, channels = size
+    cols = channels * geometry[0] * geometry[1]
+    if groups == channels == rows and [*geometry[2:4], *geometry[6:8]] == [1, 1, 1, 1]:
+        return "depthwise"
     if groups != 1 or cols == 0:
-        return False
-    return pixels < MANY_PIXELS or (cols <= _FEW_COLUMNS and rows >= _MANY_ROWS)
+        return None
+    if row_patterns(cols, period) == 1 and is_aligned_conv2d(
+        size, rows, period, geometry, groups, torch.float32
+    ):
+        return "aligned"
+    # Where the library's convolution must wait for a weight that serves few pixels, or has little
+    # to gain.
+    pixels = batch * math.prod(out_size(spatial, geometry))
+    by_panels = pixels < MANY_PIXELS or (cols <= _FEW_COLUMNS and rows >= _MANY_ROWS)
+    return "panels" if by_panels else None

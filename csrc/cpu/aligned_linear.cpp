@@ -32,22 +32,12 @@ struct Block {
   // The first to y, with `stride` floats from token to token, as they leave the layer.
   template <int kLanes>
   MK_INLINE void store_to(float* y, int64_t stride) const {
-    const Block b = *this; // which no store to y can change, unlike what it points to
-    const int64_t row_floats = b.params.rows;
-    for (int64_t i = 0; i < b.rows; i += kLanes) {
-      const float* from = b.sums + i;
-      const int64_t count = b.rows - i;
-      float* to = y + i;
-      if (b.params.epilogue) {
-        const Finish<kLanes> finish(b.params.epilogue, b.row + i, count);
-        int64_t at = b.token * row_floats + b.row + i;
-        for (int64_t t = 0; t < b.tokens; ++t, from += kBlockRows, to += stride, at += row_floats)
-          store<kLanes>(to, finish(load<kLanes>(from), at), count);
-      } else {
-        const Floats<kLanes> scale = splat<kLanes>(b.params.scale), bias = load<kLanes>(b.bias + i);
-        for (int64_t t = 0; t < b.tokens; ++t, from += kBlockRows, to += stride)
-          store<kLanes>(to, load<kLanes>(from) * scale + bias, count);
-      }
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      const Outputs<kLanes> outputs{sums + i, kBlockRows, tokens, rows - i, y + i, stride};
+      if (params.epilogue)
+        outputs.finish(params.epilogue, row + i, token * params.rows + row + i, params.rows);
+      else
+        outputs.shift(params.scale, load<kLanes>(bias + i));
     }
   }
 };

@@ -42,4 +42,30 @@ class Finish {
   int64_t count_;
 };
 
+// A vector or less of adjacent channels in several pixels, from sums [pixels, sum_stride] to
+// y [pixels, y_stride]: with the epilogue, which y[at] begins, or without one times scale, plus
+// bias.
+template <int kLanes>
+struct Outputs {
+  const float* sums;
+  int64_t sum_stride, pixels, count;
+  float* y;
+  int64_t y_stride;
+
+  MK_INLINE void finish(const Epilogue& epilogue, int64_t channel, int64_t at, int64_t step) const {
+    const Outputs o = *this; // which no store to y can change
+    const Finish<kLanes> finish(epilogue, channel, o.count);
+    for (int64_t i = 0; i < o.pixels; ++i, at += step)
+      store<kLanes>(
+          o.y + i * o.y_stride, finish(load<kLanes>(o.sums + i * o.sum_stride), at), o.count);
+  }
+
+  MK_INLINE void shift(float scale, const Floats<kLanes>& bias) const {
+    const Outputs o = *this;
+    for (int64_t i = 0; i < o.pixels; ++i)
+      store<kLanes>(
+          o.y + i * o.y_stride, load<kLanes>(o.sums + i * o.sum_stride) * scale + bias, o.count);
+  }
+};
+
 } // namespace masked_kernels

@@ -57,22 +57,13 @@ MK_INLINE void multiply_body(const float* panel, const float* const* x, int64_t 
 template <int kLanes>
 MK_INLINE void store_body(
     const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
-  const int64_t rows = p.rows;
-  float* const y = p.y;
-  for (int64_t lane = 0; lane < std::min(kPanelRows, rows - row); lane += kLanes) {
-    const float* from = sums + lane;
-    const int64_t first = row + lane, lanes = rows - first;
-    int64_t at = token * rows + first;
-    if (p.epilogue) {
-      const Finish<kLanes> finish(p.epilogue, first, lanes);
-      for (int64_t t = 0; t < count; ++t, from += kPanelRows, at += rows)
-        store<kLanes>(y + at, finish(load<kLanes>(from), at), lanes);
-    } else {
-      const Floats<kLanes> scale = splat<kLanes>(p.scale);
-      const Floats<kLanes> bias = p.bias ? load<kLanes>(p.bias + first, lanes) : Floats<kLanes>{};
-      for (int64_t t = 0; t < count; ++t, from += kPanelRows, at += rows)
-        store<kLanes>(y + at, load<kLanes>(from) * scale + bias, lanes);
-    }
+  for (int64_t lane = 0; lane < std::min(kPanelRows, p.rows - row); lane += kLanes) {
+    const int64_t first = row + lane, lanes = p.rows - first, at = token * p.rows + first;
+    const Outputs<kLanes> outputs{sums + lane, kPanelRows, count, lanes, p.y + at, p.rows};
+    if (p.epilogue)
+      outputs.finish(p.epilogue, first, at, p.rows);
+    else
+      outputs.shift(p.scale, p.bias ? load<kLanes>(p.bias + first, lanes) : Floats<kLanes>{});
   }
 }
 

@@ -137,6 +137,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--channels-last", action="store_true", default=None)
     training.add_argument("--compile", action="store_true", default=None, help="torch.compile")
     training.add_argument(
+        "--cuda-graphs", action="store_true", default=None, help="replay steps as CUDA graphs"
+    )
+    training.add_argument(
         "--seed", type=int, default=0, help="of weights, scores, order (%(default)s)"
     )
     run = parser.add_argument_group("run")

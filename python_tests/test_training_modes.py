@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 import masked_kernels as mk
 from masked_kernels.training import ImageDataset, Settings, Splits, World
-from masked_kernels.training.evaluation import Tally
 from masked_kernels.training.trainer import Trainer
 
 SETTINGS = Settings(epochs=1, batch_size=24, optimizer="sgd", momentum=0.0, weight_decay=0.0)
-CPU = torch.device("cpu")
 
 
 def make_data(count: int = 24, side: int = 6) -> Splits:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 3, side, side), generator=generator).to(torch.uint8)
-    part = ImageDataset(images, torch.randint(0, 4, (count,), generator=generator))
+    with torch.device("cpu"):
+        images = torch.randint(0, 256, (count, 3, side, side), generator=generator)
+        labels = torch.randint(0, 4, (count,), generator=generator)
+    part = ImageDataset(images.to(torch.uint8), labels)
     return Splits("noise", tuple("abcd"), (0.4, 0.5, 0.6), (0.2, 0.3, 0.3), part, part, part)
 
 
@@ -54,7 +54,7 @@ def gradient(settings: Settings, world: World | None = None, *, norm: bool = Fal
     trainer = Trainer(make_model(norm, double=True), data, settings, {}, world)
     rank, size = trainer.world.rank, trainer.world.size
     share = data.train.share(rank, size)
-    trainer.backward(trainer.normalize(share.images), share.labels, len(data.train), Tally(CPU))
+    trainer.backward(trainer.normalize(share.images), share.labels, len(data.train))
     return flat_gradient(trainer.model)
 
 
@@ -168,3 +168,48 @@ def test_compiled_is_trained_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trained[0].keys() == trained[1].keys()
     for name, tensor in trained[0].items():
         assert torch.equal(trained[1][name], tensor)
+
+
+def trained_weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in trainer.world.model_state(trainer.model).items()}
+
+
+def test_batches_augmented_together_are_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(SETTINGS, batch_size=5)  # five batches, the last of four images
+    trained = []
+    for together in (1, 3):
+        monkeypatch.setattr(
+            "masked_kernels.training.trainer.augmented_at_once", lambda device, n=together: n
+        )
+        trained.append(trained_weights(run_epoch(make_model(norm=True), settings)))
+    assert trained[0].keys() == trained[1].keys()
+    for name, tensor in trained[0].items():
+        assert torch.equal(trained[1][name], tensor)
+
+
+def test_cuda_graphs_are_for_one_cuda_device() -> None:
+    with pytest.raises(ValueError, match="cuda_graphs: got 1 x cpu, expected one CUDA device"):
+        Trainer(make_model(), make_data(), replace(SETTINGS, cuda_graphs=True), {})
+    with pytest.raises(ValueError, match="cuda_graphs: got compile as well"):
+        replace(SETTINGS, cuda_graphs=True, compile=True)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_cuda_graphs_train_to_the_same_bits(backend: str, amp: str) -> None:
+    """Batches of 8 and of 3 images, each captured and replayed."""
+    device = torch.get_default_device().type
+    if device != "cuda" or backend != "triton":
+        pytest.skip("CUDA graphs need --device=cuda and the backend triton")
+    settings = replace(SETTINGS, epochs=5, batch_size=8, accumulate=2, amp=amp, momentum=0.9)
+    trained = []
+    for cuda_graphs in (False, True):
+        data, model = make_data(27).to(device), make_model(norm=True).to(device)
+        trainer = Trainer(model, data, replace(settings, cuda_graphs=cuda_graphs), {})
+        with mk.use_backend(backend):
+            losses = [trainer.run_epoch(lambda count: None)["train_loss"] for _ in range(5)]
+        assert len(set(losses)) == 5
+        trained.append((losses, trained_weights(trainer)))
+        assert trainer.graphs is None or len(trainer.graphs.captured) == 2
+    assert trained[0][0] == trained[1][0]
+    for name, tensor in trained[0][1].items():
+        assert torch.equal(trained[1][1][name], tensor)

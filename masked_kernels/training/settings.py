@@ -61,6 +61,8 @@ class Settings:
         amp: ``fp16`` (with loss scaling) or ``bf16`` runs the forward under autocast; ``off``.
         channels_last: images, and weights of plain convolutions, in that memory format.
         compile: run the model through ``torch.compile`` in training.
+        cuda_graphs: capture a step's forward and backward as a CUDA graph and replay it; on one
+            CUDA device, without ``compile``.
         seed: of the data order and augmentations (the model's own seed is its maker's).
     """
 
@@ -78,6 +80,7 @@ class Settings:
     amp: str = "off"
     channels_last: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,6 +98,8 @@ class Settings:
                 )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm: got {self.clip_norm}, expected more than 0, or None")
+        if self.compile and self.cuda_graphs:
+            raise ValueError("cuda_graphs: got compile as well, expected one of the two")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings, the transforms as their ``repr``."""

@@ -2,18 +2,21 @@
 
 import contextlib
 import copy
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import select_together
 from .augment import Normalize
-from .data import Splits, batch_lengths, batches, derived_seed, seeded_generator
+from .data import ImageDataset, Splits, batch_lengths, batches, derived_seed, seeded_generator
 from .evaluation import Score, Tally, evaluate
+from .graphs import CudaGraphs
 from .records import EpochRecord, best_record, current_masks, layer_stats
 from .schedules import SCHEDULES
 from .settings import AMP_DTYPES, Settings
@@ -27,12 +30,24 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     All are one group, so weight decay shrinks scores and norms too, as in PEMN's code.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    lr, weight_decay = settings.lr, settings.weight_decay
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
-    if settings.optimizer == "adam":
-        return torch.optim.Adam(trained, lr=lr, weight_decay=weight_decay)
-    return torch.optim.SGD(trained, lr=lr, weight_decay=weight_decay, momentum=settings.momentum)
+    # On CUDA one kernel for all of them, which looks for overflows of fp16 itself; the host would
+    # wait for them.
+    fused = True if trained and trained[0].is_cuda else None
+    if settings.optimizer == "sgd":
+        make: Any = partial(torch.optim.SGD, momentum=settings.momentum)
+    else:
+        make = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    optimizer: torch.optim.Optimizer = make(
+        trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused
+    )
+    return optimizer
+
+
+def augmented_at_once(device: torch.device) -> int:
+    """Return how many batches are augmented together. On a GPU augmentations are many small
+    kernels, and they wait for it to find out which images they are for.
+    """
+    return 16 if device.type == "cuda" else 1
 
 
 class Trainer:
@@ -64,9 +79,18 @@ class Trainer:
         self.optimizer = make_optimizer(model, settings)
         self.amp_dtype = AMP_DTYPES[settings.amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
+        self.tally = Tally(self.device)
+        self.graphs = self._make_graphs() if settings.cuda_graphs else None
         self.records: list[EpochRecord] = []
         self.best_weights: dict[str, Tensor] = {}
         reset_peak_memory(self.device)
+
+    def _make_graphs(self) -> CudaGraphs:
+        if self.device.type != "cuda" or self.world.size > 1:
+            raise ValueError(
+                f"cuda_graphs: got {self.world.size} x {self.device}, expected one CUDA device"
+            )
+        return CudaGraphs(self._gradients, self.model.parameters())
 
     @property
     def epoch(self) -> int:
@@ -88,24 +112,44 @@ class Trainer:
         order = seeded_generator(*key, device=self.device)
         own = seeded_generator(*key, 1 + world.rank, device=self.device)
         torch.manual_seed(derived_seed(*key, 1 + world.rank, 1))
-        tally = Tally(self.device)
+        self.tally.clear()
         self.model.train()
         parts = batches(self.data.train, settings.batch_size, order, world.rank, world.size)
-        for step, (batch, count) in enumerate(parts, 1):
+        for step, (inputs, labels, count) in enumerate(self._augmented(parts, own), 1):
             lr = schedule(self.epoch + step / self.steps, settings.epochs, settings.lr)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            images = self.settings.augment(batch.images, own)
-            inputs = self.settings.erase(self.normalize(images), own)
-            # Under torch.compile each forward selects, as masks from outside are new in every step.
-            together = contextlib.nullcontext() if settings.compile else select_together(self.model)
-            with together:
-                self.backward(inputs, batch.labels, count, tally)
+            if self.graphs is not None:
+                self.graphs(inputs, labels)
+            else:
+                self._gradients(inputs, labels, count)
             self.update()
             progress(count)
-        return tally.score(world)
+        return self.tally.score(world)
 
-    def backward(self, inputs: Tensor, labels: Tensor, count: int, tally: Tally) -> None:
+    def _augmented(
+        self, parts: Iterable[tuple[ImageDataset, int]], generator: Generator
+    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Inputs, labels and image count of each batch."""
+        parts = iter(parts)
+        while some := list(itertools.islice(parts, augmented_at_once(self.device))):
+            images = torch.cat([batch.images for batch, _ in some])
+            images = self.settings.augment(images, generator)
+            inputs = self.settings.erase(self.normalize(images), generator)
+            split = inputs.split([len(batch) for batch, _ in some])
+            for part, (batch, count) in zip(split, some, strict=True):
+                yield part, batch.labels, count
+
+    def _gradients(self, inputs: Tensor, labels: Tensor, count: int | None = None) -> None:
+        """`backward` with all masks selected at once; on one process ``count`` is all images."""
+        # Under torch.compile each forward selects, as masks from outside are new in every step.
+        together = (
+            contextlib.nullcontext() if self.settings.compile else select_together(self.model)
+        )
+        with together:
+            self.backward(inputs, labels, len(inputs) if count is None else count)
+
+    def backward(self, inputs: Tensor, labels: Tensor, count: int) -> None:
         """Add the gradient of the mean loss over ``count`` images, of which these are this
         process's, in ``accumulate`` pieces, and their score to the tally.
         """
@@ -116,14 +160,18 @@ class Trainer:
             if self.settings.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             with self.world.backward(self.wrapped, last=piece == pieces):
+                # No cast serves twice, and a CUDA graph must not read one from before.
                 with torch.autocast(
-                    self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None
+                    self.device.type,
+                    self.amp_dtype,
+                    enabled=self.amp_dtype is not None,
+                    cache_enabled=False,
                 ):
                     logits = self.wrapped(x)
                     loss = F.cross_entropy(logits, y, reduction="sum")
                 # The world takes the mean over its processes of what each one adds here.
                 self.scaler.scale(loss * (self.world.size / count)).backward()
-            tally.add(loss, logits, y)
+            self.tally.add(loss, logits, y)
 
     def update(self) -> None:
         """Clip the gradient if asked to, step, and clear it."""

@@ -59,11 +59,16 @@ def test_linear_by_the_library(dtype: torch.dtype, backend: str) -> None:
 
 
 @triton_only
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_conv2d_by_the_library(dtype: torch.dtype, groups: int, backend: str, monkeypatch) -> None:
+def test_conv2d_by_the_library(
+    dtype: torch.dtype, groups: int, memory_format, backend: str, monkeypatch
+) -> None:
+    """The decoded filters and their gradient in either format, where they are asymmetric."""
     monkeypatch.setattr(config, "conv_plan", lambda *_: "library")
-    compare_conv2d(Conv(groups=groups, padding=1, stride=2), dtype, backend)
+    case = Conv(groups=groups, padding=1, stride=2, kernel=(2, 3))
+    compare_conv2d(case, dtype, backend, memory_format)
 
 
 @triton_only

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 _EAGER = 2
-"""Batches of a size that run launch by launch, as kernels are compiled and libraries chosen first."""
+"""Batches of a size that run as they are: kernels are compiled first, libraries choose theirs."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,12 @@ class Geometry:
 
     @property
     def cols(self) -> int:
-        return self.group_channels * self.kernel[0] * self.kernel[1]
+        return self.group_channels * self.positions
+
+    @property
+    def positions(self) -> int:
+        """Of the kernel."""
+        return self.kernel[0] * self.kernel[1]
 
     @property
     def pointwise(self) -> bool:

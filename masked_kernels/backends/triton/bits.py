@@ -77,6 +77,13 @@ def transpose(words: Tensor, cols: int) -> Tensor:
 
 
 def decode(values: Tensor, words: Tensor, cols: int) -> Tensor:
+    return decoded(values, words, cols, None)
+
+
+def decoded(
+    values: Tensor, words: Tensor, cols: int, scale: Tensor | None, positions: int = 1
+) -> Tensor:
+    """``scale * (w ⊙ m)``; columns lie as ``column_at`` says."""
     rows = words.shape[0]
     weight = values.new_empty((rows, cols))
     if weight.numel():
@@ -84,14 +91,13 @@ def decode(values: Tensor, words: Tensor, cols: int) -> Tensor:
         aligned = cols % tile.cols == 0 and values.numel() % tile.cols == 0
         with on_device(words):
             _decode_kernel[(config.cdiv(rows, tile.rows) * config.cdiv(cols, tile.cols),)](
-                weight_arguments(values, words, cols, tile.cols), weight, rows, aligned, *tile
+                weight_arguments(values, words, cols, tile.cols),
+                weight,
+                rows,
+                aligned,
+                *tile,
+                positions,
             )
-    return weight
-
-
-def decoded(values: Tensor, words: Tensor, cols: int, scale: Tensor | None) -> Tensor:
-    """``scale * (w ⊙ m)``"""
-    weight = decode(values, words, cols)
     return weight if scale is None else weight.mul_(scale)
 
 
@@ -148,7 +154,13 @@ def _transpose_kernel(words, transposed, rows, cols, words_per_row, words_per_co
 
 @triton.jit
 def _decode_kernel(
-    weight, decoded, rows, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    weight,
+    decoded,
+    rows,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    POSITIONS: tl.constexpr,
 ):
     values, words, cols, words_per_row, period = weight
     row, first = program_tile(cols, ROWS, COLS)
@@ -157,4 +169,4 @@ def _decode_kernel(
         starts = tl.multiple_of(starts, COLS)
         weight = (values, words, cols, words_per_row, None)
     tile = load_weight(weight, row, row < rows, starts, first, COLS)
-    store_tile(decoded, tile, rows, cols, row, first, COLS)
+    store_tile(decoded, tile, rows, cols, row, first, COLS, POSITIONS)

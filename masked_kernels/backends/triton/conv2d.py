@@ -110,11 +110,9 @@ def _convolved(
         config.conv_plan(geometry.out_pixels, geometry.cols, x.dtype, fused, settings_of(x))
         == "library"
     ):
-        size = (rows, geometry.group_channels, *geometry.kernel)
-        weight = decoded(values, words, geometry.cols, output.scale).view(size)
         y = F.conv2d(
             x.contiguous(memory_format=memory_format),
-            weight,
+            _decoded_filters(values, words, output.scale, geometry, memory_format),
             output.bias,
             geometry.stride,
             geometry.padding,
@@ -128,6 +126,21 @@ def _convolved(
     else:
         _convolve_tiles(y, x, values, words, output, geometry)
     return y
+
+
+def _decoded_filters(
+    values: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    geometry: Geometry,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """``[rows, channels of a group, kh, kw]`` in a memory format, so that no library copies it."""
+    rows, channels = words.shape[0], geometry.group_channels
+    if memory_format == torch.channels_last:
+        weight = decoded(values, words, geometry.cols, scale, geometry.positions)
+        return weight.view(rows, *geometry.kernel, channels).permute(0, 3, 1, 2)
+    return decoded(values, words, geometry.cols, scale).view(rows, channels, *geometry.kernel)
 
 
 def _of_tokens(output: Output) -> Output:
@@ -205,12 +218,11 @@ def masked_conv2d_grad_x(
         return grad_x
     settings, dtype = settings_of(grad_y), grad_y.dtype
     if config.conv_plan(geometry.in_pixels, geometry.cols, dtype, False, settings) == "library":
-        weight = decoded(values, words, geometry.cols, scale).view(
-            words.shape[0], geometry.group_channels, *kernel_size
-        )
+        memory_format = conv_memory_format(grad_y)
+        weight = _decoded_filters(values, words, scale, geometry, memory_format)
         # Of x only the size and layout matter; grad_x has them.
         return convolution_grads(grad_y, grad_x, weight, geometry, (True, False))[0].contiguous(
-            memory_format=conv_memory_format(grad_y)
+            memory_format=memory_format
         )
     group_rows = words.shape[0] // groups
     tile = config.linear_tile(geometry.in_pixels, geometry.group_channels, dtype, settings)

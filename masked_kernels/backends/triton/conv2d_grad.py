@@ -71,8 +71,10 @@ def _fill(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry: Geometry) -> 
         size = (target.rows, geometry.group_channels, *geometry.kernel)
         weight = x.new_empty(size)  # only its size and layout matter
         grad = convolution_grads(grad_y, x, weight, geometry, (False, True))[1]
+        positions = geometry.positions if is_channels_last(grad) else 1
+        grad = grad.permute(0, 2, 3, 1) if positions > 1 else grad.contiguous()
         with on_device(x):
-            target.add_parts(grad.contiguous().view(1, target.rows, target.cols))
+            target.add_parts(grad.view(1, target.rows, target.cols), positions)
         return
     group_rows = target.rows // geometry.groups
     tile = config.grad_tile(group_rows, x.dtype)

@@ -14,7 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from ._helpers import load_bits, load_values, program_tile, row_starts, store_tile, wrapped
+from ._helpers import (
+    column_at,
+    load_bits,
+    load_values,
+    program_tile,
+    row_starts,
+    store_tile,
+    wrapped,
+)
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,17 @@ class WeightGrad:
             *(self.rows, self.cols, words_per_row, self.period),
         )
 
-    def add_parts(self, parts: Tensor) -> None:
-        """Fill the gradient from the parts in ``destination``, unless that is the gradient."""
+    def add_parts(self, parts: Tensor, positions: int = 1) -> None:
+        """Fill the gradient from the parts in ``destination``, unless that is the gradient. Columns
+        of the parts lie as ``column_at`` says.
+        """
         if parts is self.grad:
             return
         tile, cols = config.parts_tile(len(parts)), config.GRAD_COLS
         grid = (config.cdiv(self.rows, tile.rows) * config.cdiv(self.cols, cols),)
-        _add_parts_kernel[grid](parts, self.grad, len(parts), self.arguments(), *tile, cols)
+        _add_parts_kernel[grid](
+            parts, self.grad, len(parts), self.arguments(), *tile, cols, positions
+        )
 
 
 def masked_grad(grad: Tensor, words: Tensor, scale: Tensor | None) -> WeightGrad:
@@ -116,13 +128,14 @@ def _add_parts_kernel(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    POSITIONS: tl.constexpr,
 ):
     rows, cols = target[4], target[5]
     row, first = program_tile(cols, ROWS, COLS)
     col = first + tl.arange(0, COLS)
     ok = (row < rows)[:, None] & (col < cols)[None, :]
     part = tl.arange(0, PARTS)
-    at = parts + row.to(tl.int64)[:, None] * cols + col[None, :]
+    at = parts + row.to(tl.int64)[:, None] * cols + column_at(col, cols, POSITIONS)[None, :]
     at = at[None, :, :] + (part.to(tl.int64) * rows * cols)[:, None, None]
     tile = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, count, PARTS):

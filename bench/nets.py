@@ -54,8 +54,18 @@ NETS = (
     Net("ViT-512/8", "vit_512_8", 256, 256, _NO_DROPOUT),
     Net("ResNet-32", "resnet32", 256, 256),
     Net("ResNet-56", "resnet56", 256, 256),
-    Net("ResNet-18", "resnet18", 128, 128),
+    Net("ResNet-18", "resnet18", 256, 128),
 )
+
+MORE_NETS = (
+    Net("ConvMixer-512/6", "convmixer_512_6", 512, 256),
+    Net("ViT-256/8", "vit_256_8", 256, 256, _NO_DROPOUT),
+    Net("ViT-512/6", "vit_512_6", 256, 256, _NO_DROPOUT),
+    Net("ResNet-20", "resnet20", 256, 256),
+    Net("ResNet-34", "resnet34", 256, 128),
+    Net("ResNet-50", "resnet50", 256, 32),
+)
+"""The rest of the tables', for GPUs: on a CPU their steps would take an hour."""
 
 TOYS = (
     Net("ConvMixer-8/1", "convmixer", 4, 4, {"dim": 8, "depth": 1}),

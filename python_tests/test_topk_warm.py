@@ -24,8 +24,8 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(config, "warm_start_pays", lambda total: True)
     monkeypatch.setattr(config, "topk_sample", lambda: 0)
     monkeypatch.setattr(topk, "_CHUNK", 1024)
-    for module in (topk, topk_warm):
-        monkeypatch.setattr(module, "WORDS", 16)
+    monkeypatch.setattr(topk, "WORDS", 16)
+    monkeypatch.setattr(topk_warm, "_BAND_WORDS", 16)
     monkeypatch.setattr(topk_warm, "_hints", {})
 
 
@@ -82,8 +82,8 @@ def test_a_start_from_a_sample(
     """Which misleads where half of the scores are equal, and serves each layer by itself."""
     monkeypatch.setattr(config, "topk_sample", lambda: 8192)
     monkeypatch.setattr(topk, "_CHUNK", 4096)
-    for module in (topk, topk_warm):
-        monkeypatch.setattr(module, "WORDS", 128)
+    monkeypatch.setattr(topk, "WORDS", 128)
+    monkeypatch.setattr(topk_warm, "_BAND_WORDS", 128)
     scores = torch.randn(24, 1300)
     check(scores, 15600, absolute, backend)
     check(torch.where(scores < 0, scores, 0.5), 18000, absolute, backend)

@@ -138,6 +138,21 @@ def warm_start_pays(total: int) -> bool:
     return total >= 1 << 20
 
 
+class BandTile(NamedTuple):
+    """Words whose scores a program of the warm start compares with the band at a time, its warps,
+    and how many such programs there are for each that occupies a device.
+    """
+
+    words: int
+    warps: int
+    programs: int
+
+
+def band_tile() -> BandTile:
+    """Few words in one warp, which finds places for scores without waiting for others."""
+    return BandTile(words=16, warps=1, programs=8)
+
+
 def topk_sample() -> int:
     """How many scores stand for all where there is no last threshold; 0 for no such start."""
     return 8192

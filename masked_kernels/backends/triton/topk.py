@@ -95,14 +95,15 @@ def _select_large(jobs: Sequence[_Job], absolute: bool) -> None:
     some = jobs[0][1]
     key_bytes = _KEY_BYTES[some.dtype]
     total = sum(s.numel() for _, s, _, _ in jobs)
-    counting = [
-        config.parts_of_layer(s.numel(), total, _CHUNK, 3 * programs(some) // 2)
-        for _, s, _, _ in jobs
-    ]
+    starts_warm = config.warm_start_pays(total)
+    at_once = (
+        config.band_tile().programs * programs(some) if starts_warm else 3 * programs(some) // 2
+    )
+    counting = [config.parts_of_layer(s.numel(), total, _CHUNK, at_once) for _, s, _, _ in jobs]
     packing = [config.cdiv(w.numel(), WORDS) for _, _, w, _ in jobs]
     first_count, first_words = ([0, *accumulate(each)] for each in (counting, packing))
     warm = None
-    if config.warm_start_pays(total):
+    if starts_warm:
         warm = warm_start([job[1:] for job in jobs], counting, absolute)
     facts = [
         (s.data_ptr(), w.data_ptr(), s.numel(), s.shape[1], drop, i, *firsts, *more)

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
-from ._helpers import WORDS, tl_dtype
+from . import config, interpreted
+from ._helpers import tl_dtype
 from .layers import (
     COLS,
     DROP,
@@ -48,6 +48,8 @@ from .topk_small import BOUND_BITS, sampled_bounds
 _SLOTS = 1 << 12
 _ROOM = tl.constexpr(2)  # scores that may be put aside for each word of 32
 _REACH = tl.constexpr(1 << 18)  # of the band around the hint, in keys: 1.6 to 3.1 % of a score
+_BAND = config.band_tile()
+_BAND_WORDS = 512 if interpreted() else _BAND.words
 _BLOCK = 512  # scores put aside that are looked at at a time
 
 _SLOT = tl.constexpr(FIELDS)  # of its hint
@@ -109,7 +111,10 @@ class WarmStart:
         _band_kernel[(len(self.facts),)](
             table, self.hints, score, layers, absolute, config.topk_sample(), num_warps=16
         )
-        _split_kernel[self.grid](table, score, layers, absolute, flag, flat, index, WORDS)
+        _split_kernel[self.grid](
+            *(table, score, layers, absolute, flag, flat, index, _BAND_WORDS),
+            num_warps=_BAND.warps,
+        )
         _settle_kernel[(1,)](table, layers)
 
     def finish(self, table: Tensor, found: Tensor, layers: int, key_bytes: int) -> None:
@@ -128,7 +133,7 @@ def warm_start(
     # A part is a chunk of several blocks, or all there is, so rooms fill fewer words than masks.
     sizes = [words.numel() for _, words, _ in jobs]
     spans = [
-        config.cdiv(config.cdiv(size, n), WORDS) * WORDS
+        config.cdiv(config.cdiv(size, n), _BAND_WORDS) * _BAND_WORDS
         for size, n in zip(sizes, parts, strict=True)
     ]
     rooms = [n * span * _ROOM.value for n, span in zip(parts, spans, strict=True)]

@@ -164,3 +164,16 @@ def test_errors() -> None:
     mask = mk.PackedMask.from_bool(torch.ones(4, 7).bool())
     with pytest.raises(ValueError, match=r"mask: got shape \(4, 7\), expected \(4, 8\)"):
         mk.nn.PackedLinear(8, 4, weight=torch.randn(4, 8), mask=mask)
+
+
+@pytest.mark.parametrize("recipe", ["edge_popup", "max_layer_padding"])
+def test_memory_format_is_for_images(recipe: str) -> None:
+    """Scores and frozen weights stay row-major, in which they are ranked and read."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 2, 3, bias=False)))
+    mk.mask_model_(model[1], getattr(mk.recipes, recipe)())
+    x = torch.randn(2, 3, 7, 7)
+    before = model(x)
+    model.to(memory_format=torch.channels_last)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(p.is_contiguous() for p in model[1].parameters())
+    torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), before)

@@ -20,12 +20,12 @@ pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch):
     """Few scores fill several programs, blocks and rooms, and find no hints of other tests."""
-    monkeypatch.setattr(config, "is_small", lambda numel: False)
+    monkeypatch.setattr(config, "is_small", lambda *_: False)
     monkeypatch.setattr(config, "warm_start_pays", lambda total: True)
     monkeypatch.setattr(config, "topk_sample", lambda: 0)
     monkeypatch.setattr(topk, "_CHUNK", 1024)
     monkeypatch.setattr(topk, "WORDS", 16)
-    monkeypatch.setattr(topk_warm, "_BAND_WORDS", 16)
+    monkeypatch.setattr(topk_warm, "_band_tile", lambda: config.BandTile(16, 4, 2, 1024))
     monkeypatch.setattr(topk_warm, "_hints", {})
 
 
@@ -83,7 +83,7 @@ def test_a_start_from_a_sample(
     monkeypatch.setattr(config, "topk_sample", lambda: 8192)
     monkeypatch.setattr(topk, "_CHUNK", 4096)
     monkeypatch.setattr(topk, "WORDS", 128)
-    monkeypatch.setattr(topk_warm, "_BAND_WORDS", 128)
+    monkeypatch.setattr(topk_warm, "_band_tile", lambda: config.BandTile(128, 4, 2, 4096))
     scores = torch.randn(24, 1300)
     check(scores, 15600, absolute, backend)
     check(torch.where(scores < 0, scores, 0.5), 18000, absolute, backend)

@@ -104,7 +104,7 @@ def test_compiles(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(compact, "check_count", lambda *_: None)  # nothing has been counted
     ways = (None, False, True) if "topk" in name else (None,)
     for warm in ways:
-        monkeypatch.setattr(config, "is_small", lambda numel, warm=warm: warm is None)
+        monkeypatch.setattr(config, "is_small", lambda *_, warm=warm: warm is None)
         monkeypatch.setattr(config, "warm_start_pays", lambda total, warm=warm: warm)
         for arguments in calls()[name]:
             kernels = aot.compiled(lambda args=arguments: getattr(backend, name)(*args), target)

@@ -277,6 +277,19 @@ def test_value_copies() -> None:
     assert config.value_copies(period=1 << 23, count=1 << 24, cols=4096, vector=8) == 1
 
 
+def test_small_layers() -> None:
+    """Beside one that needs the launches for all of the device, only the very small are."""
+    assert config.is_small(1 << 17, largest=1 << 17)
+    assert not config.is_small(1 << 17, largest=1 << 18)
+    assert config.is_small(1 << 13, largest=1 << 18)
+
+
+@pytest.mark.parametrize(("period", "cols"), [(None, 1024), (5000, 1024), (369, 256), (64, 64)])
+def test_columns_position_by_position(period: int | None, cols: int) -> None:
+    """No wider than the values that repeat, which a tile wraps at once."""
+    assert config.channels_last_parts_tile(period).cols == cols
+
+
 def test_parts() -> None:
     assert config.parts(tiles=1, steps=100, programs=264) == 25
     assert config.parts(tiles=100, steps=100, programs=264) == 2

@@ -2,8 +2,8 @@
 layer.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,16 @@ class FrozenLayer(nn.Module):
     def scale(self) -> Tensor | None:
         """0-d factor of the masked weight, or None for 1."""
         raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As ``nn.Module``'s, but the memory format of ``to()`` is for images: masks are of weights
+        and scores in row-major order, so that in another one every use would copy them.
+        """
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for tensor in self.parameters(recurse=False):
+            if not tensor.is_contiguous():
+                tensor.data = tensor.data.contiguous()
+        return self
 
     def dense_weight(self) -> Tensor:
         """A new tensor ``scale * (weight ⊙ mask)`` of the weight's shape and dtype."""

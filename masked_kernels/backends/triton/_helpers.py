@@ -169,20 +169,10 @@ def load_weight(weight, rows, row_ok, starts, col, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def column_at(col, cols, POSITIONS: tl.constexpr):
-    """Where a column of a filter, counted channel by channel, lies if its POSITIONS kernel
-    positions come first: all channels of one, then of the next, as channels_last has them.
-    """
-    return col if POSITIONS == 1 else col % POSITIONS * (cols // POSITIONS) + col // POSITIONS
-
-
-@triton.jit
-def store_tile(out, tile, rows, cols, row, first, BLOCK: tl.constexpr, POSITIONS: tl.constexpr = 1):
-    """A tile [row, BLOCK] of a contiguous ``[rows, cols]`` from column ``first`` on; columns lie as
-    ``column_at`` says.
-    """
+def store_tile(out, tile, rows, cols, row, first, BLOCK: tl.constexpr):
+    """A tile [row, BLOCK] of a contiguous ``[rows, cols]`` from column ``first`` on."""
     col = first + tl.arange(0, BLOCK)
-    at = out + row.to(tl.int64)[:, None] * cols + column_at(col, cols, POSITIONS)[None, :]
+    at = out + row.to(tl.int64)[:, None] * cols + col[None, :]
     ok = (row < rows)[:, None] & (col < cols)[None, :]
     tl.store(at, tile.to(out.dtype.element_ty), mask=ok)
 

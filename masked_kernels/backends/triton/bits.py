@@ -77,13 +77,6 @@ def transpose(words: Tensor, cols: int) -> Tensor:
 
 
 def decode(values: Tensor, words: Tensor, cols: int) -> Tensor:
-    return decoded(values, words, cols, None)
-
-
-def decoded(
-    values: Tensor, words: Tensor, cols: int, scale: Tensor | None, positions: int = 1
-) -> Tensor:
-    """``scale * (w ⊙ m)``; columns lie as ``column_at`` says."""
     rows = words.shape[0]
     weight = values.new_empty((rows, cols))
     if weight.numel():
@@ -91,13 +84,41 @@ def decoded(
         aligned = cols % tile.cols == 0 and values.numel() % tile.cols == 0
         with on_device(words):
             _decode_kernel[(config.cdiv(rows, tile.rows) * config.cdiv(cols, tile.cols),)](
-                weight_arguments(values, words, cols, tile.cols),
+                weight_arguments(values, words, cols, tile.cols), weight, rows, aligned, *tile
+            )
+    return weight
+
+
+def decoded(values: Tensor, words: Tensor, cols: int, scale: Tensor | None) -> Tensor:
+    """``scale * (w ⊙ m)``"""
+    weight = decode(values, words, cols)
+    return weight if scale is None else weight.mul_(scale)
+
+
+def decoded_channels_last(
+    values: Tensor, words: Tensor, scale: Tensor | None, channels: int, kernel: tuple[int, int]
+) -> Tensor:
+    """``scale * (w ⊙ m)`` as filters ``[rows, channels, kh, kw]`` in that memory format."""
+    rows, positions = words.shape[0], kernel[0] * kernel[1]
+    weight = values.new_empty((rows, *kernel, channels))
+    if weight.numel():
+        tile = config.decode_channels_last_tile(channels * positions)
+        flat, period = values.reshape(-1), values.numel()
+        with on_device(words):
+            _decode_channels_last_kernel[
+                (config.cdiv(rows, tile.rows) * config.cdiv(channels * positions, tile.cols),)
+            ](
+                flat,
+                words.contiguous(),
                 weight,
                 rows,
-                aligned,
-                *tile,
+                channels * positions,
+                words.shape[1],
+                period if period < weight.numel() else None,
                 positions,
+                *tile,
             )
+    weight = weight.permute(0, 3, 1, 2)
     return weight if scale is None else weight.mul_(scale)
 
 
@@ -154,13 +175,7 @@ def _transpose_kernel(words, transposed, rows, cols, words_per_row, words_per_co
 
 @triton.jit
 def _decode_kernel(
-    weight,
-    decoded,
-    rows,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    weight, decoded, rows, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     values, words, cols, words_per_row, period = weight
     row, first = program_tile(cols, ROWS, COLS)
@@ -169,4 +184,36 @@ def _decode_kernel(
         starts = tl.multiple_of(starts, COLS)
         weight = (values, words, cols, words_per_row, None)
     tile = load_weight(weight, row, row < rows, starts, first, COLS)
-    store_tile(decoded, tile, rows, cols, row, first, COLS, POSITIONS)
+    store_tile(decoded, tile, rows, cols, row, first, COLS)
+
+
+@triton.jit
+def _decode_channels_last_kernel(
+    values,
+    words,
+    decoded,
+    rows,
+    cols,
+    words_per_row,
+    period,
+    POSITIONS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """A tile in the order that it is stored in; what it gathers stays in the cache."""
+    row, first = program_tile(cols, ROWS, COLS)
+    out = first + tl.arange(0, COLS)
+    channels = cols // POSITIONS
+    col = out % channels * POSITIONS + out // channels
+    ok = (row < rows)[:, None] & (out < cols)[None, :]
+    at = row.to(tl.int64)[:, None] * words_per_row + (col // 32)[None, :]
+    keep = (tl.load(words + at, mask=ok, other=0) >> (col % 32)[None, :]) & 1
+    starts = row_starts(row, 0, cols, period)
+    if period is not None:
+        if period.dtype == tl.int32:  # unsigned, so that the sum of two fits
+            starts = starts.to(tl.uint32)
+        index = (starts[:, None] + col.to(starts.dtype)[None, :]) % period.to(starts.dtype)
+    else:
+        index = starts[:, None] + col[None, :]
+    value = tl.load(values + index, mask=ok & (keep != 0), other=0.0)
+    store_tile(decoded, value, rows, cols, row, first, COLS)

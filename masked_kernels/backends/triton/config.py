@@ -91,10 +91,11 @@ def parts(tiles: int, steps: int, programs: int, least: int = 4) -> int:
 
 
 class PartsTile(NamedTuple):
-    """Parts that a program adds at a time, and rows of its tile, ``GRAD_COLS`` wide."""
+    """Parts that a program adds at a time, and rows and columns of its tile."""
 
     parts: int
     rows: int
+    cols: int
 
 
 def parts_tile(parts: int) -> PartsTile:
@@ -102,7 +103,15 @@ def parts_tile(parts: int) -> PartsTile:
 
     On an H200 a single part loaded as one of eight takes six times as long.
     """
-    return PartsTile(1, 16) if parts == 1 else PartsTile(8, 4)
+    return PartsTile(1, 16, GRAD_COLS) if parts == 1 else PartsTile(8, 4, GRAD_COLS)
+
+
+def channels_last_parts_tile(period: int | None) -> PartsTile:
+    """For one part whose columns lie position by position: as wide as values that repeat allow, so
+    that it has all positions of many channels.
+    """
+    cols = 1024 if period is None else min(1024, next_power_of_2(period + 1) // 2)
+    return PartsTile(1, 2048 // max(cols, GRAD_COLS), max(cols, GRAD_COLS))
 
 
 def parts_of_layer(numel: int, total: int, chunk: int, programs: int) -> int:
@@ -126,9 +135,11 @@ def small_topk_tile(numel: int) -> SmallTopkTile:
     return SmallTopkTile(scores=scores, warps=scores // 512)
 
 
-def is_small(numel: int) -> bool:
-    """Whether one program selects from a layer faster than the launches for all of the device."""
-    return numel <= 1 << 17
+def is_small(numel: int, largest: int) -> bool:
+    """Whether one program selects from a layer faster than the launches for all of the device,
+    which are made anyway if the largest layer of a model needs them.
+    """
+    return numel <= 1 << (17 if largest <= 1 << 17 else 13)
 
 
 def warm_start_pays(total: int) -> bool:
@@ -139,18 +150,21 @@ def warm_start_pays(total: int) -> bool:
 
 
 class BandTile(NamedTuple):
-    """Words whose scores a program of the warm start compares with the band at a time, its warps,
-    and how many such programs there are for each that occupies a device.
+    """Words whose scores a program of the warm start looks at at a time, its warps, how many
+    programs there are for each that occupies a device, and the fewest scores of one.
     """
 
     words: int
     warps: int
     programs: int
+    least: int
 
 
 def band_tile() -> BandTile:
-    """Few words in one warp, which finds places for scores without waiting for others."""
-    return BandTile(words=16, warps=1, programs=8)
+    """One warp, which finds places for scores without waiting for others. Enough scores that their
+    number inside the band is near what is expected.
+    """
+    return BandTile(words=16, warps=1, programs=8, least=4096)
 
 
 def topk_sample() -> int:
@@ -229,6 +243,12 @@ def decode_tile(cols: int) -> DecodeTile:
     """Of about 4096 weights in few rows, as where a row starts in a prototype takes a division."""
     width = min(max(next_power_of_2(cols), 128), 2048)
     return DecodeTile(4096 // width, width)
+
+
+def decode_channels_last_tile(cols: int) -> DecodeTile:
+    """Of about 1024 weights, as each takes a division and a filter is small."""
+    width = min(max(next_power_of_2(cols), 128), 1024)
+    return DecodeTile(1024 // width, width)
 
 
 def is_wide(count: int) -> bool:

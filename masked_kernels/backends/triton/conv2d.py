@@ -41,7 +41,7 @@ from ._helpers import (
     weight_arguments,
     wrapped_index,
 )
-from .bits import decoded
+from .bits import decoded, decoded_channels_last
 from .depthwise import depthwise_conv2d, depthwise_conv2d_grad_x
 from .linear import multiplied
 from .linear_grad import masked_linear_grad_x
@@ -136,11 +136,10 @@ def _decoded_filters(
     memory_format: torch.memory_format,
 ) -> Tensor:
     """``[rows, channels of a group, kh, kw]`` in a memory format, so that no library copies it."""
-    rows, channels = words.shape[0], geometry.group_channels
+    channels, kernel = geometry.group_channels, geometry.kernel
     if memory_format == torch.channels_last:
-        weight = decoded(values, words, geometry.cols, scale, geometry.positions)
-        return weight.view(rows, *geometry.kernel, channels).permute(0, 3, 1, 2)
-    return decoded(values, words, geometry.cols, scale).view(rows, channels, *geometry.kernel)
+        return decoded_channels_last(values, words, scale, channels, kernel)
+    return decoded(values, words, geometry.cols, scale).view(words.shape[0], channels, *kernel)
 
 
 def _of_tokens(output: Output) -> Output:

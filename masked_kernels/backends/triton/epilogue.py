@@ -14,15 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from ._helpers import (
-    column_at,
-    load_bits,
-    load_values,
-    program_tile,
-    row_starts,
-    store_tile,
-    wrapped,
-)
+from ._helpers import load_bits, load_values, program_tile, row_starts, store_tile, wrapped
 
 
 @dataclass(frozen=True)
@@ -61,16 +53,16 @@ class WeightGrad:
         )
 
     def add_parts(self, parts: Tensor, positions: int = 1) -> None:
-        """Fill the gradient from the parts in ``destination``, unless that is the gradient. Columns
-        of the parts lie as ``column_at`` says.
+        """Fill the gradient from the parts in ``destination``, unless that is the gradient. One
+        part may be filters in channels_last, of so many kernel positions.
         """
         if parts is self.grad:
             return
-        tile, cols = config.parts_tile(len(parts)), config.GRAD_COLS
-        grid = (config.cdiv(self.rows, tile.rows) * config.cdiv(self.cols, cols),)
-        _add_parts_kernel[grid](
-            parts, self.grad, len(parts), self.arguments(), *tile, cols, positions
-        )
+        tile = config.parts_tile(len(parts))
+        if positions > 1:
+            tile = config.channels_last_parts_tile(self.period)
+        grid = (config.cdiv(self.rows, tile.rows) * config.cdiv(self.cols, tile.cols),)
+        _add_parts_kernel[grid](parts, self.grad, len(parts), self.arguments(), *tile, positions)
 
 
 def masked_grad(grad: Tensor, words: Tensor, scale: Tensor | None) -> WeightGrad:
@@ -135,7 +127,10 @@ def _add_parts_kernel(
     col = first + tl.arange(0, COLS)
     ok = (row < rows)[:, None] & (col < cols)[None, :]
     part = tl.arange(0, PARTS)
-    at = parts + row.to(tl.int64)[:, None] * cols + column_at(col, cols, POSITIONS)[None, :]
+    there = col
+    if POSITIONS > 1:
+        there = col % POSITIONS * (cols // POSITIONS) + col // POSITIONS
+    at = parts + row.to(tl.int64)[:, None] * cols + there[None, :]
     at = at[None, :, :] + (part.to(tl.int64) * rows * cols)[:, None, None]
     tile = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, count, PARTS):

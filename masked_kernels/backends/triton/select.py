@@ -141,7 +141,8 @@ def sort_keys(score, ABSOLUTE: tl.constexpr):
 @triton.jit
 def flag_nan(flag, index, nan):
     """Lower the flag to the lowest index of a NaN."""
-    tl.atomic_min(flag + tl.zeros(index.shape, tl.int32), index.to(tl.int64), mask=nan)
+    at = flag + tl.zeros(index.shape, tl.int32)
+    tl.atomic_min(at, index.to(tl.int64), mask=nan, sem="relaxed")
 
 
 @triton.jit

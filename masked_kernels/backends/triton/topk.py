@@ -24,7 +24,6 @@ from . import config, interpreted
 from ._helpers import WORDS, on_device, programs, tl_dtype
 from .layers import (
     DROP,
-    FIELDS,
     FIRST_COUNT,
     FIRST_WORDS,
     LAYER,
@@ -82,8 +81,9 @@ def _new_words(scores: Tensor) -> Tensor:
 
 def _select(jobs: Sequence[_Job], absolute: bool) -> None:
     """Fill the words of layers on one device and of one dtype."""
-    small = [job for job in jobs if config.is_small(job[1].numel())]
-    large = [job for job in jobs if not config.is_small(job[1].numel())]
+    sizes = [scores.numel() for _, scores, _, _ in jobs]
+    small = [job for job, n in zip(jobs, sizes, strict=True) if config.is_small(n, max(sizes))]
+    large = [job for job, n in zip(jobs, sizes, strict=True) if not config.is_small(n, max(sizes))]
     with on_device(jobs[0][1]):
         if small:
             select_small(small, absolute)
@@ -95,16 +95,15 @@ def _select_large(jobs: Sequence[_Job], absolute: bool) -> None:
     some = jobs[0][1]
     key_bytes = _KEY_BYTES[some.dtype]
     total = sum(s.numel() for _, s, _, _ in jobs)
-    starts_warm = config.warm_start_pays(total)
-    at_once = (
-        config.band_tile().programs * programs(some) if starts_warm else 3 * programs(some) // 2
-    )
-    counting = [config.parts_of_layer(s.numel(), total, _CHUNK, at_once) for _, s, _, _ in jobs]
+    counting = [
+        config.parts_of_layer(s.numel(), total, _CHUNK, 3 * programs(some) // 2)
+        for _, s, _, _ in jobs
+    ]
     packing = [config.cdiv(w.numel(), WORDS) for _, _, w, _ in jobs]
     first_count, first_words = ([0, *accumulate(each)] for each in (counting, packing))
     warm = None
-    if starts_warm:
-        warm = warm_start([job[1:] for job in jobs], counting, absolute)
+    if config.warm_start_pays(total):
+        warm = warm_start([job[1:] for job in jobs], absolute)
     facts = [
         (s.data_ptr(), w.data_ptr(), s.numel(), s.shape[1], drop, i, *firsts, *more)
         for (i, s, w, drop), *firsts, more in zip(
@@ -112,8 +111,7 @@ def _select_large(jobs: Sequence[_Job], absolute: bool) -> None:
         )
     ]
     # Layers that are not there begin where no program is.
-    nothing = [0] * (len(facts[0]) - FIELDS)
-    absent = (0, 0, 0, 1, 0, 0, first_count[-1], first_words[-1], *nothing)
+    absent = (0, 0, 0, 1, 0, 0, first_count[-1], first_words[-1], *(warm.absent if warm else ()))
     aligned = all(s.data_ptr() % 16 == 0 for _, s, _, _ in jobs)
     table, layers = layer_table(facts, absent, some.device)
     counts = table.new_zeros((len(jobs), key_bytes, _BINS.value))
@@ -183,27 +181,28 @@ def _count_kernel(
     parts = tl.load(table + FIRST_COUNT * LAYERS + layer + 1, mask=layer + 1 < LAYERS, other=0)
     parts = tl.where(layer + 1 < LAYERS, parts, tl.num_programs(0))
     parts -= fact(table, FIRST_COUNT, layer, LAYERS)
-    known, left = _found_before(table, counts, found, layer, BYTE, LAYERS, KEY_BYTES)
-    _keep(found, layer, part == 0, known, left, BYTE, KEY_BYTES)
-    scores = fact(table, SCORES, layer, LAYERS).to(tl.pointer_type(SCORE))
-    if ALIGNED:
-        scores = tl.multiple_of(scores, 16)
     total = fact(table, NUMEL, layer, LAYERS)
-    named = fact(table, LAYER, layer, LAYERS) * NAN_LAYER
-    count = tl.zeros((_BINS,), tl.int32)
-    for start in range(part * CHUNK, total, parts * CHUNK):
-        index = start + tl.arange(0, CHUNK)
-        ok = index < total
-        score = tl.load(scores + index, mask=ok, other=0.0).to(tl.float32)
-        if BYTE == 0:
-            flag_nan(flag, named + index, ok & (score != score))
-        key = sort_keys(score, ABSOLUTE)
-        if BYTE > 0:
-            ok &= (key >> (32 - 8 * BYTE)) == known.to(tl.uint32)
-        digit = (key >> (24 - 8 * BYTE)) & (_BINS - 1)
-        count += tl.histogram(digit.to(tl.int32), _BINS, mask=ok)
-    at = counts + (layer * KEY_BYTES + BYTE) * _BINS + tl.arange(0, _BINS)
-    tl.atomic_add(at, count.to(tl.int64), mask=count > 0)
+    if part * CHUNK < total:  # else all scores have programs, as few were put aside
+        known, left = _found_before(table, counts, found, layer, BYTE, LAYERS, KEY_BYTES)
+        _keep(found, layer, part == 0, known, left, BYTE, KEY_BYTES)
+        scores = fact(table, SCORES, layer, LAYERS).to(tl.pointer_type(SCORE))
+        if ALIGNED:
+            scores = tl.multiple_of(scores, 16)
+        named = fact(table, LAYER, layer, LAYERS) * NAN_LAYER
+        count = tl.zeros((_BINS,), tl.int32)
+        for start in range(part * CHUNK, total, parts * CHUNK):
+            index = start + tl.arange(0, CHUNK)
+            ok = index < total
+            score = tl.load(scores + index, mask=ok, other=0.0).to(tl.float32)
+            if BYTE == 0:
+                flag_nan(flag, named + index, ok & (score != score))
+            key = sort_keys(score, ABSOLUTE)
+            if BYTE > 0:
+                ok &= (key >> (32 - 8 * BYTE)) == known.to(tl.uint32)
+            digit = (key >> (24 - 8 * BYTE)) & (_BINS - 1)
+            count += tl.histogram(digit.to(tl.int32), _BINS, mask=ok)
+        at = counts + (layer * KEY_BYTES + BYTE) * _BINS + tl.arange(0, _BINS)
+        tl.atomic_add(at, count.to(tl.int64), mask=count > 0, sem="relaxed")
 
 
 @triton.jit

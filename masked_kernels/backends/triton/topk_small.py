@@ -19,7 +19,7 @@ from ._helpers import tl_dtype
 from .layers import is_flat, ranks, word_indices
 from .select import NAN_LAYER, flag_nan, nan_flag, sort_keys, store_words
 
-_AT_ONCE = 16  # layers of one launch
+_AT_ONCE = 32  # layers of one launch
 _BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 19}  # of a key that may be set
 _DEVIATIONS = tl.constexpr(4)  # of a rank in the sample, to either side
 BOUND_BITS = tl.constexpr(20)  # of the bounds that are worked out

@@ -26,12 +26,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config, interpreted
-from ._helpers import tl_dtype
+from ._helpers import population, programs, tl_dtype
 from .layers import (
     COLS,
     DROP,
     FIELDS,
-    FIRST_COUNT,
     LAYER,
     NUMEL,
     OUT,
@@ -39,17 +38,14 @@ from .layers import (
     fact,
     layer_of_program,
     load_scores,
-    ranks,
     words_of_layer,
 )
-from .select import NAN_LAYER, flag_nan, nan_flag, sort_keys, store_words
+from .select import NAN_LAYER, flag_nan, nan_flag, sort_keys
 from .topk_small import BOUND_BITS, sampled_bounds
 
 _SLOTS = 1 << 12
 _ROOM = tl.constexpr(2)  # scores that may be put aside for each word of 32
 _REACH = tl.constexpr(1 << 18)  # of the band around the hint, in keys: 1.6 to 3.1 % of a score
-_BAND = config.band_tile()
-_BAND_WORDS = 512 if interpreted() else _BAND.words
 _BLOCK = 512  # scores put aside that are looked at at a time
 
 _SLOT = tl.constexpr(FIELDS)  # of its hint
@@ -61,9 +57,10 @@ _KEPT = tl.constexpr(FIELDS + 5)  # address of the words that say which of them 
 _WORDS = tl.constexpr(FIELDS + 6)  # address of the words of the mask
 _LOW = tl.constexpr(FIELDS + 7)  # lowest key of the band
 _HIGH = tl.constexpr(FIELDS + 8)  # its highest key, 0 if there is no band
-_BELOW = tl.constexpr(FIELDS + 9)  # scores below the band
+_UPPER = tl.constexpr(FIELDS + 9)  # scores in the band and above it
 _INSIDE = tl.constexpr(FIELDS + 10)  # scores in the band
 _FULL = tl.constexpr(FIELDS + 11)  # rooms that were too small
+_FIRST_SPLIT = tl.constexpr(FIELDS + 12)  # its first program in the first pass
 
 _hints: dict[torch.device, Tensor] = {}
 
@@ -93,13 +90,14 @@ def forget_thresholds() -> None:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The memory of one call, and what each layer's facts gain. ``grid`` is that of the counting
-    passes, whose programs are those of the first pass too.
+    """The memory of one call, what each layer's facts gain, and those of layers that are not there.
+    ``grid`` is that of the first pass and of the one that fills in its rooms.
     """
 
     hints: Tensor
     aside: Tensor
     facts: list[tuple[int, ...]]
+    absent: tuple[int, ...]
     grid: tuple[int]
     memory: tuple[Tensor, ...]  # that the facts have the addresses of
 
@@ -111,9 +109,9 @@ class WarmStart:
         _band_kernel[(len(self.facts),)](
             table, self.hints, score, layers, absolute, config.topk_sample(), num_warps=16
         )
+        tile = _band_tile()
         _split_kernel[self.grid](
-            *(table, score, layers, absolute, flag, flat, index, _BAND_WORDS),
-            num_warps=_BAND.warps,
+            *(table, score, layers, absolute, flag, flat, index, tile.words), num_warps=tile.warps
         )
         _settle_kernel[(1,)](table, layers)
 
@@ -122,22 +120,28 @@ class WarmStart:
         _fill_kernel[self.grid](table, found, self.hints, layers, key_bytes, _BLOCK)
 
 
-def warm_start(
-    jobs: Sequence[tuple[Tensor, Tensor, int]], parts: Sequence[int], absolute: bool
-) -> WarmStart | None:
-    """For scores, words and drops of layers on one device, each gone over by so many programs."""
+def _band_tile() -> config.BandTile:
+    """The interpreter takes its time by the program, not by the word."""
+    return config.band_tile()._replace(words=512) if interpreted() else config.band_tile()
+
+
+def warm_start(jobs: Sequence[tuple[Tensor, Tensor, int]], absolute: bool) -> WarmStart | None:
+    """For scores, words and drops of layers on one device."""
     some = jobs[0][0]
     table = hints(some.device)
     if table is None:
         return None
+    tile = _band_tile()
+    total, at_once = sum(s.numel() for s, _, _ in jobs), tile.programs * programs(some)
+    parts = [config.parts_of_layer(s.numel(), total, tile.least, at_once) for s, _, _ in jobs]
     # A part is a chunk of several blocks, or all there is, so rooms fill fewer words than masks.
     sizes = [words.numel() for _, words, _ in jobs]
     spans = [
-        config.cdiv(config.cdiv(size, n), _BAND_WORDS) * _BAND_WORDS
+        config.cdiv(config.cdiv(size, n), tile.words) * tile.words
         for size, n in zip(sizes, parts, strict=True)
     ]
     rooms = [n * span * _ROOM.value for n, span in zip(parts, spans, strict=True)]
-    first = [0, *accumulate(rooms)]
+    first, first_split = [0, *accumulate(rooms)], [0, *accumulate(parts)]
     aside = some.new_empty(first[-1])
     places = some.new_empty(first[-1], dtype=torch.int32)
     kept = some.new_empty(first[-1] // 32, dtype=torch.int32)
@@ -146,11 +150,14 @@ def warm_start(
             *(slot(scores, drop, absolute), span, room),
             *(aside.data_ptr() + at * aside.itemsize, places.data_ptr() + at * 4),
             *(kept.data_ptr() + at // 8, words.data_ptr()),
-            *(0, 0, 0, 0, 0),
+            *(0, 0, 0, 0, 0, program),
         )
-        for (scores, words, drop), span, room, at in zip(jobs, spans, rooms, first, strict=False)
+        for (scores, words, drop), span, room, at, program in zip(
+            jobs, spans, rooms, first, first_split, strict=False
+        )
     ]
-    return WarmStart(table, aside, facts, (sum(parts),), (places, kept))
+    absent = (*[0] * (len(facts[0]) - 1), first_split[-1])
+    return WarmStart(table, aside, facts, absent, (first_split[-1],), (places, kept))
 
 
 @triton.jit
@@ -164,11 +171,13 @@ def _band_kernel(
 ):
     """Once for all programs of a layer, as another stream may write the hints meanwhile."""
     layer = tl.program_id(0)
-    # Scores that fill a room up have the lowest key of all; no score in the band may.
+    # Scores that fill a room up have the lowest key of all; no score in the band may. The highest
+    # is infinity's, as a NaN is not to be put aside.
     lowest = 0 if ABSOLUTE else 0x7FFFFF
+    highest = 0x7F800000 if ABSOLUTE else 0xFF800000
     hint = tl.load(hints + fact(table, _SLOT, layer, LAYERS))
     low = tl.maximum(hint - _REACH, lowest + 1)
-    high = tl.where(hint > 0, tl.minimum(hint + _REACH, 0xFFFFFFFF), 0)
+    high = tl.where(hint > 0, tl.minimum(hint + _REACH, highest), 0)
     if SAMPLE > 0:  # noqa: SIM102  the one is decided when this is compiled
         if hint == 0:
             scores = fact(table, SCORES, layer, LAYERS).to(tl.pointer_type(SCORE))
@@ -177,7 +186,7 @@ def _band_kernel(
                 scores, numel, drop, ABSOLUTE, 32, 32 - BOUND_BITS, SAMPLE
             )
             low = tl.maximum(from_key.to(tl.int64), lowest + 1)
-            high = to_key.to(tl.int64)
+            high = tl.minimum(to_key.to(tl.int64), highest)
     tl.store(table + _LOW * LAYERS + layer, low)
     tl.store(table + _HIGH * LAYERS + layer, high)
 
@@ -193,7 +202,7 @@ def _split_kernel(
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    layer, part = layer_of_program(table, FIRST_COUNT, LAYERS)
+    layer, part = layer_of_program(table, _FIRST_SPLIT, LAYERS)
     lo = fact(table, _LOW, layer, LAYERS).to(tl.uint32)
     hi = fact(table, _HIGH, layer, LAYERS).to(tl.uint32)
     if hi > 0:
@@ -204,40 +213,51 @@ def _split_kernel(
         room = (span * _ROOM).to(tl.int32)
         aside = fact(table, _ASIDE, layer, LAYERS).to(tl.pointer_type(SCORE)) + part * room
         places = fact(table, _PLACES, layer, LAYERS).to(tl.pointer_type(tl.int32)) + part * room
-        below = tl.zeros((BLOCK, 32), tl.int32)
+        lane = tl.arange(0, 32)[None, :]
+        bit = 1 << lane
+        upper = tl.zeros((BLOCK,), tl.int32)
         taken = tl.zeros((), tl.int32)
+        none: tl.constexpr = 2**31 - 1 if tl.int32 == INDEX else 2**63 - 1
+        nan = tl.full((BLOCK, 32), none, INDEX)
         begin = part * span
         for first in range(begin, tl.minimum(begin + span, count), BLOCK):
             score, ok, index = load_scores(
                 table, layer, first // BLOCK, SCORE, LAYERS, FLAT, INDEX, BLOCK
             )
             value = score.to(tl.float32)
-            flag_nan(flag, named + index, ok & (value != value))
+            nan = tl.where(value != value, tl.minimum(nan, index), nan)
             key = sort_keys(value, ABSOLUTE)
-            store_words(words, first // BLOCK, ok & (key > hi), count, BLOCK)
-            below += (ok & (key < lo)).to(tl.int32)
-            inside = ok & (key >= lo) & (key <= hi) & (value == value)
-            at = taken + ranks(inside.to(tl.int32))
-            there = inside & (at < room)
-            word = (first - begin).to(tl.int32) + tl.arange(0, BLOCK)
+            not_below, above = ok & (key >= lo), ok & (key > hi)
+            above_bits = tl.sum(tl.where(above, bit, 0), axis=1)
+            upper_bits = tl.sum(tl.where(not_below, bit, 0), axis=1)
+            word = first + tl.arange(0, BLOCK)
+            tl.store(words + word, above_bits, mask=word < count)
+            upper += population(upper_bits)
+            bits = upper_bits ^ above_bits  # of the scores inside the band
+            many = population(bits)
+            at = (taken + tl.cumsum(many, axis=0) - many)[:, None]
+            at += population(bits[:, None] & (bit - 1))  # those before each in its word
+            there = not_below & ~above & (at < room)
             tl.store(aside + at, score, mask=there)
-            tl.store(places + at, word[:, None] * 32 + tl.arange(0, 32)[None, :], mask=there)
-            taken += tl.sum(tl.sum(inside.to(tl.int32), axis=1), axis=0)
+            tl.store(places + at, (word - begin).to(tl.int32)[:, None] * 32 + lane, mask=there)
+            taken += tl.sum(many, axis=0)
+        flag_nan(flag, named + nan, nan < none)
         filler = 0.0 if ABSOLUTE else -float("inf")
-        for start in range(0, room, BLOCK):
+        for start in range(taken // BLOCK * BLOCK, room, BLOCK):
             at = start + tl.arange(0, BLOCK)
             tl.store(aside + at, filler, mask=(at >= taken) & (at < room))
-        all_below = tl.sum(below.reshape(BLOCK * 32), axis=0).to(tl.int64)
-        tl.atomic_add(table + _BELOW * LAYERS + layer, all_below)
-        tl.atomic_add(table + _INSIDE * LAYERS + layer, taken.to(tl.int64))
-        tl.atomic_add(table + _FULL * LAYERS + layer, (taken > room).to(tl.int64))
+        counts = table + layer
+        tl.atomic_add(counts + _UPPER * LAYERS, tl.sum(upper, axis=0).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts + _INSIDE * LAYERS, taken.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts + _FULL * LAYERS, 1, mask=taken > room, sem="relaxed")
 
 
 @triton.jit
 def _settle_kernel(table, LAYERS: tl.constexpr):
     """Let the search go over the scores put aside in those layers whose K is among them."""
     layer = tl.arange(0, LAYERS)
-    below, inside = fact(table, _BELOW, layer, LAYERS), fact(table, _INSIDE, layer, LAYERS)
+    below = fact(table, NUMEL, layer, LAYERS) - fact(table, _UPPER, layer, LAYERS)
+    inside = fact(table, _INSIDE, layer, LAYERS)
     drop, full = fact(table, DROP, layer, LAYERS), fact(table, _FULL, layer, LAYERS)
     hit = (full == 0) & (below <= drop) & (drop < below + inside)
     rooms = fact(table, _ROOMS, layer, LAYERS)
@@ -252,7 +272,7 @@ def _settle_kernel(table, LAYERS: tl.constexpr):
 def _fill_kernel(
     table, found, hints, LAYERS: tl.constexpr, KEY_BYTES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    layer, part = layer_of_program(table, FIRST_COUNT, LAYERS)
+    layer, part = layer_of_program(table, _FIRST_SPLIT, LAYERS)
     if fact(table, SCORES, layer, LAYERS) == fact(table, _ASIDE, layer, LAYERS):
         kept = fact(table, _KEPT, layer, LAYERS).to(tl.pointer_type(tl.int32))
         places = fact(table, _PLACES, layer, LAYERS).to(tl.pointer_type(tl.int32))
@@ -265,6 +285,6 @@ def _fill_kernel(
             word = tl.load(kept + at // 32, mask=in_room < room, other=0)
             keep = ((word >> (at % 32).to(tl.int32)) & 1) != 0
             place = tl.load(places + at, mask=keep, other=0)
-            tl.atomic_or(words + place // 32, 1 << place % 32, mask=keep)
+            tl.atomic_or(words + place // 32, 1 << place % 32, mask=keep, sem="relaxed")
     key = tl.load(found + (layer * (KEY_BYTES + 1) + KEY_BYTES) * 2) << (32 - 8 * KEY_BYTES)
     tl.store(hints + fact(table, _SLOT, layer, LAYERS), key, mask=part == 0)

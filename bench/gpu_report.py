@@ -141,8 +141,11 @@ def wrong_results(problem: Problem) -> dict[str, float]:
 def times(problem: Problem) -> dict[str, dict[str, Any]]:
     """Microseconds a call, providers in turns, L2 flushed before each: replayed from a CUDA graph,
     and eager, which includes the launches. A provider that cannot be captured has no graph time.
+
+    Other data is read into L2, not written: what was written has to go back to memory first, and
+    that would be counted as the provider's.
     """
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.zeros(_FLUSH_BYTES // 4, device="cuda")
     modes: dict[tuple[str, str], Callable[[int], object]] = {}
     for name, run in problem.providers.items():
         modes[name, "eager"] = run
@@ -152,7 +155,7 @@ def times(problem: Problem) -> dict[str, dict[str, Any]]:
     for sample in range(_SAMPLES):
         for mode, run in modes.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
+            flush.sum()
             if mode[1] == "eager":
                 torch.cuda.synchronize()  # else the launch hides behind the flush
             begin.record()

@@ -9,19 +9,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .nets import CLASSES, IMAGE, RECIPES, Net, build, masked_weights, training_step, ways
+from .nets import (
+    CLASSES,
+    IMAGE,
+    RECIPES,
+    RECOMPUTED,
+    Net,
+    build,
+    has_fused_norms,
+    masked_weights,
+    training_step,
+    ways,
+)
 
 ROUNDS = 8
 
 
 def make_step(net: Net, way: str, device: str, backend: str, batch: int) -> Callable[[], Tensor]:
     """A function that takes one step and returns the loss."""
-    model = build(net, way).to(device, memory_format=torch.channels_last)
+    model = build(net, way).to(device)
     images = torch.randn(batch, *IMAGE, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (batch,), device=device)
-    named = backend if way in RECIPES else "auto"
-    return functools.partial(training_step(model, labels, named, torch.bfloat16), images)
+    named = backend if way in (*RECIPES, RECOMPUTED) else "auto"
+    step = training_step(model, labels, named, torch.bfloat16, recompute=way == RECOMPUTED)
+    return functools.partial(step, images)
 
 
 def measure(net: Net, device: str = "cuda", backend: str = "triton") -> dict[str, Any]:
@@ -32,7 +44,7 @@ def measure(net: Net, device: str = "cuda", backend: str = "triton") -> dict[str
     result: dict[str, Any] = {}
     steps: dict[str, Callable[[], Tensor]] = {}
     weights = masked_weights(net)
-    for way in ways(net):
+    for way in (*ways(net), *([RECOMPUTED] if has_fused_norms(net) else [])):
         try:
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()

@@ -1,5 +1,6 @@
 """The networks of PEMN's tables and the ways to build each: masked, dense, and as published."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -85,9 +86,18 @@ BatchNorm2d, in a dense network; networks without that pair have no such way.
 """
 
 
+RECOMPUTED = "ours, recomputed norms"
+"""``ours`` with ``mk.nn.recompute_norms``, of which memory is measured."""
+
+
 def ways(net: Net) -> tuple[str, ...]:
     """Those that differ from one another."""
-    return WAYS if "convmixer" in net.model else tuple(w for w in WAYS if "norms" not in w)
+    return WAYS if has_fused_norms(net) else tuple(w for w in WAYS if "norms" not in w)
+
+
+def has_fused_norms(net: Net) -> bool:
+    """Whether GELU and BatchNorm follow one another."""
+    return "convmixer" in net.model
 
 
 def masked(net: Net, config: mk.MaskConfig) -> nn.Module:
@@ -110,8 +120,8 @@ def build(net: Net, way: str) -> nn.Module:
     Args:
         way: one of ``WAYS``.
     """
-    if way in RECIPES:
-        return masked(net, RECIPES[way])
+    if way in (*RECIPES, RECOMPUTED):
+        return masked(net, RECIPES.get(way, RECIPES["ours"]))
     if way == "published layer":
         return published(masked(net, RECIPES["ours"]))
     model = net.create().to(memory_format=torch.channels_last)
@@ -119,11 +129,16 @@ def build(net: Net, way: str) -> nn.Module:
 
 
 def training_step(
-    model: nn.Module, labels: Tensor, backend: str, autocast: torch.dtype | None = None
+    model: nn.Module,
+    labels: Tensor,
+    backend: str,
+    autocast: torch.dtype | None = None,
+    recompute: bool = False,
 ) -> Callable[[Tensor], Tensor]:
     """A step of SGD on images: gradients to None, forward, cross entropy, backward, update. It
     returns the loss and leaves its gradients.
     """
+    keeping = mk.nn.recompute_norms if recompute else contextlib.nullcontext
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, RATE)
@@ -133,7 +148,7 @@ def training_step(
         cast = torch.autocast(x.device.type, autocast, autocast is not None, cache_enabled=False)
         with mk.use_backend(backend):
             optimizer.zero_grad()
-            with mk.nn.select_together(model), cast:
+            with mk.nn.select_together(model), keeping(), cast:
                 loss = F.cross_entropy(model(channels_last(x)), labels[: len(x)])
             loss.backward()
             optimizer.step()

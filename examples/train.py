@@ -140,6 +140,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--cuda-graphs", action="store_true", default=None, help="replay steps as CUDA graphs"
     )
     training.add_argument(
+        "--recompute-norms", action="store_true", default=None, help="less memory, a little time"
+    )
+    training.add_argument(
         "--seed", type=int, default=0, help="of weights, scores, order (%(default)s)"
     )
     run = parser.add_argument_group("run")

@@ -6,6 +6,7 @@ from .masked import MaskedConv2d, MaskedLinear
 from .packed import PackedConv2d, PackedLinear
 from .packed_sequential import PackedSequential
 from .pruned import PrunedConv2d, PrunedLinear
+from .recompute import recompute_norms
 from .sequential import FusedSequential, Residual
 from .summary import Summary, summary
 from .together import select_together
@@ -26,6 +27,7 @@ __all__ = [
     "mask_model_",
     "materialize_",
     "pack_model_",
+    "recompute_norms",
     "select_together",
     "summary",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..backends import why_unavailable
 from ..functional import gelu_batch_norm
+from .recompute import remember
 
 
 class FusedSequential(nn.Sequential):
@@ -89,7 +90,7 @@ def _gelu_batch_norm(x: Tensor, norm: Any, residual: Tensor | None) -> Tensor:
         norm.num_batches_tracked.add_(1)
         if momentum is None:  # a cumulative average
             momentum = 1 / float(norm.num_batches_tracked)
-    return gelu_batch_norm(
+    y = gelu_batch_norm(
         x,
         norm.running_mean,
         norm.running_var,
@@ -100,3 +101,5 @@ def _gelu_batch_norm(x: Tensor, norm: Any, residual: Tensor | None) -> Tensor:
         norm.eps,
         residual=residual,
     )
+    remember(y, norm.bias, residual)
+    return y

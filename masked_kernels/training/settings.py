@@ -63,6 +63,7 @@ class Settings:
         compile: run the model through ``torch.compile`` in training.
         cuda_graphs: capture a step's forward and backward as a CUDA graph and replay it; on one
             CUDA device, without ``compile``.
+        recompute_norms: keep less for the backward (``nn.recompute_norms``).
         seed: of the data order and augmentations (the model's own seed is its maker's).
     """
 
@@ -81,6 +82,7 @@ class Settings:
     channels_last: bool = False
     compile: bool = False
     cuda_graphs: bool = False
+    recompute_norms: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

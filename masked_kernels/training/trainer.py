@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from ..nn import select_together
+from ..nn import recompute_norms, select_together
 from .augment import Normalize
 from .data import ImageDataset, Splits, batch_lengths, batches, derived_seed, seeded_generator
 from .evaluation import Score, Tally, evaluate
@@ -159,14 +159,16 @@ class Trainer:
         for piece, (x, y) in enumerate(split, 1):
             if self.settings.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
+            keeping = recompute_norms if self.settings.recompute_norms else contextlib.nullcontext
             with self.world.backward(self.wrapped, last=piece == pieces):
                 # No cast serves twice, and a CUDA graph must not read one from before.
-                with torch.autocast(
+                cast = torch.autocast(
                     self.device.type,
                     self.amp_dtype,
                     enabled=self.amp_dtype is not None,
                     cache_enabled=False,
-                ):
+                )
+                with keeping(), cast:
                     logits = self.wrapped(x)
                     loss = F.cross_entropy(logits, y, reduction="sum")
                 # The world takes the mean over its processes of what each one adds here.

@@ -27,7 +27,7 @@ ROUNDS = 8
 
 def make_step(net: Net, way: str, device: str, backend: str, batch: int) -> Callable[[], Tensor]:
     """A function that takes one step and returns the loss."""
-    model = build(net, way).to(device)
+    model = build(net, way, device)
     images = torch.randn(batch, *IMAGE, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (batch,), device=device)

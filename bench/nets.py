@@ -100,12 +100,13 @@ def has_fused_norms(net: Net) -> bool:
     return "convmixer" in net.model
 
 
-def masked(net: Net, config: mk.MaskConfig) -> nn.Module:
+def masked(net: Net, config: mk.MaskConfig, device: str = "cpu") -> nn.Module:
     """Always of the same numbers; no two scores of a layer tie, for the published layer's sort is
     not stable, and one other bit in a mask is another network.
     """
     model = net.create()
     mk.mask_model_(model, config, seed=0)
+    model.to(device)
     for scores in _scores(model):
         flat = scores.data.flatten()
         rank = flat.abs().argsort(stable=True).argsort()
@@ -114,17 +115,17 @@ def masked(net: Net, config: mk.MaskConfig) -> nn.Module:
     return model
 
 
-def build(net: Net, way: str) -> nn.Module:
+def build(net: Net, way: str, device: str = "cpu") -> nn.Module:
     """The network for channels_last images, ready to train.
 
     Args:
-        way: one of ``WAYS``.
+        way: one of ``WAYS``, or ``RECOMPUTED``.
     """
     if way in (*RECIPES, RECOMPUTED):
-        return masked(net, RECIPES.get(way, RECIPES["ours"]))
+        return masked(net, RECIPES.get(way, RECIPES["ours"]), device)
     if way == "published layer":
-        return published(masked(net, RECIPES["ours"]))
-    model = net.create().to(memory_format=torch.channels_last)
+        return published(masked(net, RECIPES["ours"], device))
+    model = net.create().to(device, memory_format=torch.channels_last)
     return unfused_(model) if way == "dense eager" else model
 
 
@@ -159,7 +160,9 @@ def training_step(
 
 def masked_weights(net: Net) -> int:
     """How many weights a mask covers."""
-    return sum(scores.numel() for scores in _scores(masked(net, RECIPES["ours"])))
+    model = net.create()
+    mk.mask_model_(model, RECIPES["ours"])
+    return sum(scores.numel() for scores in _scores(model))
 
 
 def _scores(model: nn.Module) -> list[nn.Parameter]:

@@ -127,10 +127,10 @@ def _add_parts_kernel(
     col = first + tl.arange(0, COLS)
     ok = (row < rows)[:, None] & (col < cols)[None, :]
     part = tl.arange(0, PARTS)
-    there = col
+    place = col
     if POSITIONS > 1:
-        there = col % POSITIONS * (cols // POSITIONS) + col // POSITIONS
-    at = parts + row.to(tl.int64)[:, None] * cols + there[None, :]
+        place = col % POSITIONS * (cols // POSITIONS) + col // POSITIONS
+    at = parts + row.to(tl.int64)[:, None] * cols + place[None, :]
     at = at[None, :, :] + (part.to(tl.int64) * rows * cols)[:, None, None]
     tile = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, count, PARTS):

@@ -4,6 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST ?= -q
+# As many workers as a small machine has cores; one that is done takes over tests of the other.
+WORKERS ?= -n 2 --dist worksteal
 OUT ?= gpu-report
 
 # Threads that wait for one another sleep instead of spinning: on a busy machine that is twice as fast.
@@ -34,9 +36,9 @@ demo: .venv/.package
 
 test: lint ctest
 	@echo '── Python tests'
-	@time $(BIN)/python -m pytest $(PYTEST) --require-backend=cpu,reference
+	@time $(BIN)/python -m pytest $(PYTEST) $(WORKERS) --require-backend=cpu,reference
 	@echo '── Triton kernels in the interpreter: the same tests, each pair of parameter values'
-	@time TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -n 2 \
+	@time TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) $(WORKERS) \
 	  --require-backend=triton --backend=triton --pairwise -k 'not large_layer'
 
 bench: .venv/.package

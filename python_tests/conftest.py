@@ -2,10 +2,12 @@
 backend.
 """
 
+import os
 import signal
 
 import pytest
 import torch
+from interpreter import patch_once_a_launch
 from pairwise import pairwise
 
 from masked_kernels import backends
@@ -37,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in filter(None, config.getoption("--require-backend").split(",")):
         if reason := backends()[name]:
             raise pytest.UsageError(f"backend {name!r} is required but unavailable: {reason}")
+    if os.environ.get("TRITON_INTERPRET") and backends()["triton"] is None:
+        patch_once_a_launch()
 
 
 @pytest.fixture(autouse=True)

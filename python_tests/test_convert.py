@@ -13,7 +13,9 @@ from masked_kernels.nn._layer import FrozenLayer
 
 
 def small() -> nn.Module:
-    return mk.models.create_model("convmixer", dim=32, depth=2, patch_size=2, in_channels=1)
+    return mk.models.create_model(
+        "convmixer", dim=32, depth=2, kernel_size=3, patch_size=2, in_channels=1
+    )
 
 
 def layers(model: nn.Module) -> list[FrozenLayer]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import test_functional
+import test_packed_sequential
 import test_rules
 import torch
 from cases import CONV, LINEAR, PERIODS, Conv, Linear
@@ -46,6 +47,11 @@ def test_masked_linear(
 @pytest.mark.parametrize("case", CONV, ids=str)
 def test_masked_conv2d(case: Conv, period: str, memory_format: torch.memory_format) -> None:
     test_functional.test_masked_conv2d(case, period, torch.float32, memory_format, "cpu")
+
+
+@pytest.mark.parametrize("case", test_packed_sequential.CASES, ids=str)
+def test_masked_conv2d_fused(case: Conv) -> None:
+    test_packed_sequential.check(case, "K", "gelu", torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("kind", ["distinct", "ties", "extreme"])

@@ -1,9 +1,6 @@
 """masked_conv2d_fused against float64, and packed models that run it."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -106,26 +103,6 @@ def test_other_dtypes_are_the_references() -> None:
     check(CASES[0], "K", "gelu", torch.bfloat16, "reference")
     with pytest.raises(mk.BackendError, match="computes in float32"):
         check(CASES[0], "K", "gelu", torch.bfloat16, "cpu")
-
-
-@pytest.mark.parametrize("isa", ("avx2", "scalar"))
-def test_narrower_instruction_sets(isa: str) -> None:
-    code = (
-        "import torch, test_packed_sequential as t\n"
-        "torch.use_deterministic_algorithms(True)\n"
-        "for c in t.CASES: t.check(c, 'K', 'gelu', torch.float32, 'cpu')"
-    )
-    environment = {
-        **os.environ,
-        "MASKED_KERNELS_CPU_ISA": isa,
-        "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), *sys.path)),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    if "lacks" in done.stderr:
-        pytest.skip(f"this machine lacks {isa}")
-    assert done.returncode == 0, done.stderr
 
 
 def test_gelu_far_from_zero(backend: str) -> None:

@@ -35,6 +35,7 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
     affine = torch.randn(4, 64)
     stats, vector, grads = torch.rand(2, 64), torch.rand(64), torch.randn(2, 64)
     planar = image.float().contiguous()
+    one = _draw(1)  # random_padding's shortest; Triton compiles a period of 1 in
     return {
         "pack": [(torch.zeros(256, 256, dtype=torch.bool),)],
         "unpack": [(words, 256)],
@@ -49,15 +50,21 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
             (x[:1], prototype, words, None, None),
             (x, prototype, words, _draw(256), scale),
             (x.float(), prototype.float(), words, None, None),
+            (x[:64], one, words, None, None),
             (_draw(4, 2048), _draw(2048), wide, None, scale),
             (_draw(4, 2048).half(), _draw(64).half(), wide, None, None),
         ],
-        "masked_linear_grad_x": [(x, prototype, words, scale, 256)],
+        "masked_linear_grad_x": [(x, prototype, words, scale, 256), (x, one, words, None, 256)],
         "masked_linear_grad_weight": [(x, x, words, scale)],
-        "scored_linear_grad_scores": [(x, x, prototype, scores, scale, True)],
+        "scored_linear_grad_scores": [
+            (x, x, prototype, scores, scale, True),
+            (x, x, one, scores, None, True),
+        ],
         "compact_linear": [(x[:1], _draw(0), words, None, None), (x, _draw(0), words, None, scale)],
         "masked_conv2d": [
             (image, prototype, kernel_words, None, scale, [3, 3], *full),
+            (image, one, kernel_words, None, None, [3, 3], *full),
+            (image, one, filter_words, None, None, [5, 5], *depthwise),
             (image, prototype, filter_words, _draw(64), None, [5, 5], *depthwise),
         ],
         "masked_conv2d_fused": [
@@ -75,6 +82,7 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
         ],
         "scored_conv2d_grad_scores": [
             (image, image, prototype, kernel_scores, scale, True, *full),
+            (image, image, one, kernel_scores, None, True, *full),
             (image, image, prototype, filter_scores, None, True, *depthwise),
         ],
         "gelu_stats": [(image,), (planar,)],

@@ -19,6 +19,7 @@ from ._helpers import (
     store_tile,
     weight_arguments,
     word_elements,
+    wrapped,
 )
 
 _ROWS, _COLS = 16, 128  # per program of unpack and popcount
@@ -103,7 +104,7 @@ def decoded_channels_last(
     weight = values.new_empty((rows, *kernel, channels))
     if weight.numel():
         tile = config.decode_channels_last_tile(channels * positions)
-        flat, period = values.reshape(-1), values.numel()
+        flat, period = wrapped(values, weight.numel(), 2)  # Triton takes a period of 1 as known
         with on_device(words):
             _decode_channels_last_kernel[
                 (config.cdiv(rows, tile.rows) * config.cdiv(channels * positions, tile.cols),)
@@ -114,7 +115,7 @@ def decoded_channels_last(
                 rows,
                 channels * positions,
                 words.shape[1],
-                period if period < weight.numel() else None,
+                period,
                 positions,
                 *tile,
             )

@@ -16,10 +16,9 @@ from .nets import (
     RECOMPUTED,
     Net,
     build,
-    has_fused_norms,
     masked_weights,
     training_step,
-    ways,
+    ways_for_memory,
 )
 
 ROUNDS = 8
@@ -44,7 +43,7 @@ def measure(net: Net, device: str = "cuda", backend: str = "triton") -> dict[str
     result: dict[str, Any] = {}
     steps: dict[str, Callable[[], Tensor]] = {}
     weights = masked_weights(net)
-    for way in (*ways(net), *([RECOMPUTED] if has_fused_norms(net) else [])):
+    for way in ways_for_memory(net):
         try:
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()

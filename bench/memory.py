@@ -31,12 +31,13 @@ from .nets import (
     IMAGE,
     NETS,
     RECIPES,
+    RECOMPUTED,
     TOYS,
     Net,
     build,
     masked_weights,
     training_step,
-    ways,
+    ways_for_memory,
 )
 from .report import markdown_table
 
@@ -68,7 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
         result["nets"][net.title] = {
             "masked_weights": masked_weights(net),
             "batches": {
-                batch: {way: _elsewhere(net, way, batch, options.threads) for way in ways(net)}
+                batch: {
+                    way: _elsewhere(net, way, batch, options.threads)
+                    for way in ways_for_memory(net)
+                }
                 for batch in ((FEW,) if options.few else (net.cpu_batch, FEW))
             },
         }
@@ -88,7 +92,8 @@ def measure(net: Net, way: str, batch: int) -> dict[str, int]:
     before = _status("VmRSS")
     model = build(net, way)
     labels = torch.randint(CLASSES, (batch,))
-    step = training_step(model, labels, "cpu" if way in RECIPES else "auto")
+    backend = "cpu" if way in (*RECIPES, RECOMPUTED) else "auto"
+    step = training_step(model, labels, backend, recompute=way == RECOMPUTED)
     x = torch.randn(batch, *IMAGE)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     for _ in range(2):

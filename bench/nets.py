@@ -95,6 +95,11 @@ def ways(net: Net) -> tuple[str, ...]:
     return WAYS if has_fused_norms(net) else tuple(w for w in WAYS if "norms" not in w)
 
 
+def ways_for_memory(net: Net) -> tuple[str, ...]:
+    """``ways``, and the one that trades time for memory."""
+    return (*ways(net), RECOMPUTED) if has_fused_norms(net) else ways(net)
+
+
 def has_fused_norms(net: Net) -> bool:
     """Whether GELU and BatchNorm follow one another."""
     return "convmixer" in net.model

@@ -164,7 +164,7 @@ def band_tile() -> BandTile:
     """One warp, which finds places for scores without waiting for others. Enough scores that their
     number inside the band is near what is expected.
     """
-    return BandTile(words=16, warps=1, programs=8, least=4096)
+    return BandTile(words=8, warps=1, programs=10, least=4096)
 
 
 def topk_sample() -> int:

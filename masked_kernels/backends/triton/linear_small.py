@@ -23,7 +23,7 @@ from .output import Output, add_residual_of_tokens, finished
 from .settings import architecture
 
 _ROWS, _COLS = 64, 1024  # per program of the first and the last pass
-_SCAN = tl.constexpr(4096)  # columns that the first pass looks at at a time
+_SCAN = tl.constexpr(16384)  # columns that the first pass looks at at a time
 
 
 def aligned_linear(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: Output) -> None:
@@ -56,7 +56,7 @@ def aligned_linear(y: Tensor, x: Tensor, values: Tensor, words: Tensor, output: 
             tile.slots,
             alias,
             _COLS,
-            num_warps=8,
+            num_warps=16,
         )
         _aligned_linear_kernel[(blocks, parts)](
             planes,

@@ -37,7 +37,7 @@ from .layers import (
     SCORES,
     fact,
     layer_of_program,
-    load_scores,
+    word_indices,
     words_of_layer,
 )
 from .select import NAN_LAYER, flag_nan, nan_flag, sort_keys
@@ -207,7 +207,12 @@ def _split_kernel(
     hi = fact(table, _HIGH, layer, LAYERS).to(tl.uint32)
     if hi > 0:
         named = fact(table, LAYER, layer, LAYERS) * NAN_LAYER
+        scores = fact(table, SCORES, layer, LAYERS).to(tl.pointer_type(SCORE))
         words = fact(table, OUT, layer, LAYERS).to(tl.pointer_type(tl.int32))
+        numel = fact(table, NUMEL, layer, LAYERS).to(INDEX)
+        cols = fact(table, COLS, layer, LAYERS).to(INDEX)
+        if FLAT:
+            scores, numel = tl.multiple_of(scores, 16), tl.multiple_of(numel, 16)
         count = words_of_layer(table, layer, LAYERS)
         span = fact(table, _SPAN, layer, LAYERS)
         room = (span * _ROOM).to(tl.int32)
@@ -217,15 +222,20 @@ def _split_kernel(
         bit = 1 << lane
         upper = tl.zeros((BLOCK,), tl.int32)
         taken = tl.zeros((), tl.int32)
-        none: tl.constexpr = 2**31 - 1 if tl.int32 == INDEX else 2**63 - 1
-        nan = tl.full((BLOCK, 32), none, INDEX)
         begin = part * span
+        index, ok = word_indices(tl.cast(begin // BLOCK, INDEX), numel, cols, FLAT, BLOCK)
+        ahead = tl.load(scores + index, mask=ok, other=0.0)
         for first in range(begin, tl.minimum(begin + span, count), BLOCK):
-            score, ok, index = load_scores(
-                table, layer, first // BLOCK, SCORE, LAYERS, FLAT, INDEX, BLOCK
-            )
+            # Loads of the next block travel while this one is worked on.
+            score = ahead
+            block = tl.cast(first // BLOCK, INDEX)
+            index, ok = word_indices(block + 1, numel, cols, FLAT, BLOCK)
+            ahead = tl.load(scores + index, mask=ok, other=0.0)
+            index, ok = word_indices(block, numel, cols, FLAT, BLOCK)
             value = score.to(tl.float32)
-            nan = tl.where(value != value, tl.minimum(nan, index), nan)
+            nan = (value != value).to(tl.int32)
+            if tl.max(tl.max(nan, axis=1), axis=0) > 0:
+                flag_nan(flag, named + index, nan > 0)
             key = sort_keys(value, ABSOLUTE)
             not_below, above = ok & (key >= lo), ok & (key > hi)
             above_bits = tl.sum(tl.where(above, bit, 0), axis=1)
@@ -241,7 +251,6 @@ def _split_kernel(
             tl.store(aside + at, score, mask=there)
             tl.store(places + at, (word - begin).to(tl.int32)[:, None] * 32 + lane, mask=there)
             taken += tl.sum(many, axis=0)
-        flag_nan(flag, named + nan, nan < none)
         filler = 0.0 if ABSOLUTE else -float("inf")
         for start in range(taken // BLOCK * BLOCK, room, BLOCK):
             at = start + tl.arange(0, BLOCK)

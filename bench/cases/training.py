@@ -126,19 +126,19 @@ class _Kinks(TorchFunctionMode):
 
 
 def _checked(net: Net, images: Tensor) -> Tensor:
-    """Some images; of a network with ReLU the one that keeps furthest from where its gradient
-    jumps, or rounding would decide which side it is on, and with it digits of the gradient.
+    """Some images; of a network with ReLU the two that keep furthest from where its gradient jumps,
+    or rounding would decide which side they are on, and with it digits of the gradient.
     """
     model = build(net, "published layer").train()
 
-    def distance(image: Tensor) -> float:
+    def distance(pair: Tensor) -> float:
         with _Kinks() as kinks, torch.no_grad():
-            model(channels_last(image))
+            model(channels_last(pair))
         return kinks.nearest
 
-    if distance(images[:1]) == math.inf:
+    if distance(images[:2]) == math.inf:
         return images[:CHECKED]
-    return max(images[: 4 * CHECKED].split(1), key=distance)
+    return max(images[: 8 * CHECKED].split(2), key=distance)
 
 
 def _step(model: nn.Module, labels: Tensor, backend: str) -> Callable[[Tensor], nn.Module]:

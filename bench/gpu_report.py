@@ -27,7 +27,7 @@ from masked_kernels.backends import why_unavailable
 from . import gpu_page, gpu_training
 from .gpu_cases import CASES, COPIES, Case, Problem
 from .machine import ROOT, machine
-from .nets import MORE_NETS, NETS
+from .nets import GPU_NETS
 
 LARGEST_ERROR = 2.0
 _FLUSH_BYTES = 1 << 28  # more than any L2 cache
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 def report(options: argparse.Namespace, log: TextIO) -> dict[str, Any]:
     """Run all of it; the returned dict is what ``report.json`` holds."""
     cases = [case for case in CASES if re.search(options.cases, case.name)]
-    networks = [net for net in (*NETS, *MORE_NETS) if re.search(options.cases, net.title)]
+    networks = [net for net in GPU_NETS if re.search(options.cases, net.title)]
     properties = torch.cuda.get_device_properties(0)
     result: dict[str, Any] = {
         "machine": {

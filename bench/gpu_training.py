@@ -18,7 +18,7 @@ from .nets import (
     build,
     masked_weights,
     training_step,
-    ways_for_memory,
+    ways,
 )
 
 ROUNDS = 8
@@ -30,7 +30,7 @@ def make_step(net: Net, way: str, device: str, backend: str, batch: int) -> Call
     images = torch.randn(batch, *IMAGE, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (batch,), device=device)
-    named = backend if way in (*RECIPES, RECOMPUTED) else "auto"
+    named = backend if way in RECIPES else "auto"
     step = training_step(model, labels, named, torch.bfloat16, recompute=way == RECOMPUTED)
     return functools.partial(step, images)
 
@@ -43,7 +43,7 @@ def measure(net: Net, device: str = "cuda", backend: str = "triton") -> dict[str
     result: dict[str, Any] = {}
     steps: dict[str, Callable[[], Tensor]] = {}
     weights = masked_weights(net)
-    for way in ways_for_memory(net):
+    for way in ways(net):
         try:
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()

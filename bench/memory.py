@@ -37,7 +37,7 @@ from .nets import (
     build,
     masked_weights,
     training_step,
-    ways_for_memory,
+    ways,
 )
 from .report import markdown_table
 
@@ -69,10 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         result["nets"][net.title] = {
             "masked_weights": masked_weights(net),
             "batches": {
-                batch: {
-                    way: _elsewhere(net, way, batch, options.threads)
-                    for way in ways_for_memory(net)
-                }
+                batch: {way: _elsewhere(net, way, batch, options.threads) for way in ways(net)}
                 for batch in ((FEW,) if options.few else (net.cpu_batch, FEW))
             },
         }
@@ -92,7 +89,7 @@ def measure(net: Net, way: str, batch: int) -> dict[str, int]:
     before = _status("VmRSS")
     model = build(net, way)
     labels = torch.randint(CLASSES, (batch,))
-    backend = "cpu" if way in (*RECIPES, RECOMPUTED) else "auto"
+    backend = "cpu" if way in RECIPES else "auto"
     step = training_step(model, labels, backend, recompute=way == RECOMPUTED)
     x = torch.randn(batch, *IMAGE)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew

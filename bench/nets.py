@@ -29,13 +29,14 @@ class Net:
         title: for people.
         model, arguments: of ``mk.models.create_model``.
         batch: the paper's.
-        cpu_batch: what 24 GB hold of the dearest way to build it.
+        cpu_batch: what 24 GB hold of the dearest way to build it; 0 for a network that is measured
+            on GPUs alone.
     """
 
     title: str
     model: str
     batch: int
-    cpu_batch: int
+    cpu_batch: int = 0
     arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def create(self) -> nn.Module:
@@ -47,26 +48,23 @@ class Net:
 
 _NO_DROPOUT = MappingProxyType({"dropout": 0.0})  # results of all ways must be comparable
 
-NETS = (
+GPU_NETS = (
     Net("ConvMixer-256/6", "convmixer_256_6", 512, 512),
     Net("ConvMixer-256/8", "convmixer_256_8", 512, 512),
+    Net("ConvMixer-512/6", "convmixer_512_6", 512),
     Net("ConvMixer-512/8", "convmixer_512_8", 512, 256),
     Net("ViT-256/6", "vit_256_6", 256, 256, _NO_DROPOUT),
+    Net("ViT-256/8", "vit_256_8", 256, arguments=_NO_DROPOUT),
+    Net("ViT-512/6", "vit_512_6", 256, arguments=_NO_DROPOUT),
     Net("ViT-512/8", "vit_512_8", 256, 256, _NO_DROPOUT),
+    Net("ResNet-20", "resnet20", 256),
     Net("ResNet-32", "resnet32", 256, 256),
     Net("ResNet-56", "resnet56", 256, 256),
     Net("ResNet-18", "resnet18", 256, 128),
+    Net("ResNet-34", "resnet34", 256),
+    Net("ResNet-50", "resnet50", 256),
 )
-
-MORE_NETS = (
-    Net("ConvMixer-512/6", "convmixer_512_6", 512, 256),
-    Net("ViT-256/8", "vit_256_8", 256, 256, _NO_DROPOUT),
-    Net("ViT-512/6", "vit_512_6", 256, 256, _NO_DROPOUT),
-    Net("ResNet-20", "resnet20", 256, 256),
-    Net("ResNet-34", "resnet34", 256, 128),
-    Net("ResNet-50", "resnet50", 256, 32),
-)
-"""The rest of the tables', for GPUs: on a CPU their steps would take an hour."""
+NETS = tuple(net for net in GPU_NETS if net.cpu_batch)
 
 TOYS = (
     Net("ConvMixer-8/1", "convmixer", 4, 4, {"dim": 8, "depth": 1}),
@@ -75,34 +73,23 @@ TOYS = (
 )
 """One of each family, for tests and to warm up."""
 
+RECOMPUTED = "ours, recomputed norms"
 RECIPES = {
     "ours": mk.recipes.random_padding(1e-2),
     "ours, mask": mk.recipes.edge_popup(),
+    RECOMPUTED: mk.recipes.random_padding(1e-2),
 }
 WAYS = (*RECIPES, "dense eager", "dense, fused norms", "published layer")
 """``ours`` is random_padding(1e-2), ``ours, mask`` has a dense weight; the published layer writes
 its weight out and so costs the same for both. Fused norms are this package's GELU with
-BatchNorm2d, in a dense network; networks without that pair have no such way.
+BatchNorm2d, in a dense network, and recomputed ones ``mk.nn.recompute_norms``; networks without
+that pair have no such ways.
 """
-
-
-RECOMPUTED = "ours, recomputed norms"
-"""``ours`` with ``mk.nn.recompute_norms``, of which memory is measured."""
 
 
 def ways(net: Net) -> tuple[str, ...]:
     """Those that differ from one another."""
-    return WAYS if has_fused_norms(net) else tuple(w for w in WAYS if "norms" not in w)
-
-
-def ways_for_memory(net: Net) -> tuple[str, ...]:
-    """``ways``, and the one that trades time for memory."""
-    return (*ways(net), RECOMPUTED) if has_fused_norms(net) else ways(net)
-
-
-def has_fused_norms(net: Net) -> bool:
-    """Whether GELU and BatchNorm follow one another."""
-    return "convmixer" in net.model
+    return WAYS if "convmixer" in net.model else tuple(w for w in WAYS if "norms" not in w)
 
 
 def masked(net: Net, config: mk.MaskConfig, device: str = "cpu") -> nn.Module:
@@ -124,10 +111,10 @@ def build(net: Net, way: str, device: str = "cpu") -> nn.Module:
     """The network for channels_last images, ready to train.
 
     Args:
-        way: one of ``WAYS``, or ``RECOMPUTED``.
+        way: one of ``WAYS``.
     """
-    if way in (*RECIPES, RECOMPUTED):
-        return masked(net, RECIPES.get(way, RECIPES["ours"]), device)
+    if way in RECIPES:
+        return masked(net, RECIPES[way], device)
     if way == "published layer":
         return published(masked(net, RECIPES["ours"], device))
     model = net.create().to(device, memory_format=torch.channels_last)

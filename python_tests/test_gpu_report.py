@@ -42,7 +42,7 @@ def test_no_report_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not out.exists()
 
 
-@pytest.mark.parametrize("way", [*nets.ways(TOY_NET), nets.RECOMPUTED])
+@pytest.mark.parametrize("way", nets.ways(TOY_NET))
 def test_training_steps_learn(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nets, "RATE", 0.1)
     step = gpu_training.make_step(TOY_NET, way, "cpu", "reference", batch=4)

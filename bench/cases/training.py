@@ -13,7 +13,19 @@ from torch.overrides import TorchFunctionMode
 
 import masked_kernels as mk
 
-from ..nets import CLASSES, IMAGE, NETS, RECIPES, TOYS, Net, build, masked, training_step, ways
+from ..nets import (
+    CLASSES,
+    IMAGE,
+    NETS,
+    RECIPES,
+    RECOMPUTED,
+    TOYS,
+    Net,
+    build,
+    masked,
+    training_step,
+    ways,
+)
 from ..problem import Case, ErrorOf, Judge, Problem, Provider, channels_last, error_against
 from ..providers import published
 from .network import masked_convmixer, multiply_adds
@@ -48,7 +60,8 @@ class TrainingStep(Case):
             if way.startswith("dense"):
                 exact[way] = lambda: build(self.net, "dense eager")
             judge = _gradients_of(exact[way], labels) if way in exact else None
-            return Provider(_step(build(self.net, way), labels, backend), judge=judge)
+            step = _step(build(self.net, way), labels, backend, recompute=way == RECOMPUTED)
+            return Provider(step, judge=judge)
 
         names = ways(self.net)
         return Problem(
@@ -141,9 +154,11 @@ def _checked(net: Net, images: Tensor) -> Tensor:
     return max(images[: 8 * CHECKED].split(2), key=distance)
 
 
-def _step(model: nn.Module, labels: Tensor, backend: str) -> Callable[[Tensor], nn.Module]:
+def _step(
+    model: nn.Module, labels: Tensor, backend: str, recompute: bool = False
+) -> Callable[[Tensor], nn.Module]:
     """A step that returns the model; its gradients are the step's."""
-    step = training_step(model, labels, backend)
+    step = training_step(model, labels, backend, recompute=recompute)
 
     def run(x: Tensor) -> nn.Module:
         step(x)

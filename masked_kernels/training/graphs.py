@@ -26,27 +26,27 @@ class CudaGraphs:
     serves all later ones. What comes out is the same.
 
     Args:
-        run: takes images and labels and leaves gradients, where there were none before. It must
-            not wait for the device, and what else it changes must stay where it is.
+        run: takes images, labels and their number and leaves gradients, where there were none
+            before. It must not wait for the device, and what else it changes must stay where it is.
         parameters: what it leaves gradients of.
     """
 
     def __init__(
-        self, run: Callable[[Tensor, Tensor], None], parameters: Iterable[nn.Parameter]
+        self, run: Callable[[Tensor, Tensor, int], None], parameters: Iterable[nn.Parameter]
     ) -> None:
         self.run, self.parameters = run, tuple(parameters)
         self.seen: Counter[torch.Size] = Counter()
         self.captured: dict[torch.Size, _Captured] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, inputs: Tensor, labels: Tensor) -> None:
+    def __call__(self, inputs: Tensor, labels: Tensor, count: int) -> None:
         size = inputs.shape
         self.seen[size] += 1
         if self.seen[size] <= _EAGER:
-            self.run(inputs, labels)
+            self.run(inputs, labels, count)
             return
         if size not in self.captured:
-            self.captured[size] = self._capture(inputs, labels)
+            self.captured[size] = self._capture(inputs, labels, count)
         captured = self.captured[size]
         captured.inputs.copy_(inputs)
         captured.labels.copy_(labels)
@@ -54,12 +54,12 @@ class CudaGraphs:
         for parameter, grad in zip(self.parameters, captured.grads, strict=True):
             parameter.grad = grad
 
-    def _capture(self, inputs: Tensor, labels: Tensor) -> _Captured:
+    def _capture(self, inputs: Tensor, labels: Tensor, count: int) -> _Captured:
         """Record ``run``, which computes nothing yet. One memory serves the graphs of all sizes, as
         what one leaves is used up before the next one runs.
         """
         graph, inputs, labels = torch.cuda.CUDAGraph(), inputs.clone(), labels.clone()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, pool=self.pool):
-            self.run(inputs, labels)
+            self.run(inputs, labels, count)
         return _Captured(graph, inputs, labels, tuple(p.grad for p in self.parameters))

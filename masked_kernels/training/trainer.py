@@ -114,15 +114,13 @@ class Trainer:
         torch.manual_seed(derived_seed(*key, 1 + world.rank, 1))
         self.tally.clear()
         self.model.train()
+        gradients = self._gradients if self.graphs is None else self.graphs
         parts = batches(self.data.train, settings.batch_size, order, world.rank, world.size)
         for step, (inputs, labels, count) in enumerate(self._augmented(parts, own), 1):
             lr = schedule(self.epoch + step / self.steps, settings.epochs, settings.lr)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            if self.graphs is not None:
-                self.graphs(inputs, labels)
-            else:
-                self._gradients(inputs, labels, count)
+            gradients(inputs, labels, count)
             self.update()
             progress(count)
         return self.tally.score(world)
@@ -140,14 +138,14 @@ class Trainer:
             for part, (batch, count) in zip(split, some, strict=True):
                 yield part, batch.labels, count
 
-    def _gradients(self, inputs: Tensor, labels: Tensor, count: int | None = None) -> None:
-        """`backward` with all masks selected at once; on one process ``count`` is all images."""
+    def _gradients(self, inputs: Tensor, labels: Tensor, count: int) -> None:
+        """`backward` with all masks selected at once."""
         # Under torch.compile each forward selects, as masks from outside are new in every step.
         together = (
             contextlib.nullcontext() if self.settings.compile else select_together(self.model)
         )
         with together:
-            self.backward(inputs, labels, len(inputs) if count is None else count)
+            self.backward(inputs, labels, count)
 
     def backward(self, inputs: Tensor, labels: Tensor, count: int) -> None:
         """Add the gradient of the mean loss over ``count`` images, of which these are this

@@ -14,7 +14,7 @@ constexpr int64_t kPanelRows = 16;
 constexpr int64_t kMostTokens = 12;
 constexpr int64_t kPanelsFloats = 1 << 16; // of panels that are multiplied in turn
 // Columns that one running sum takes. A total of short sums rounds less than a long sum.
-constexpr int64_t kRun = 64;
+constexpr int64_t kRun = 128;
 
 // sums [tokens, 16] = the product of a panel [cols, 16] with the rows x
 using Multiply = void (*)(const float* panel, const float* const* x, int64_t cols, float* sums);
@@ -173,7 +173,7 @@ void multiply_part(const PanelLinear& p, const Kernels& kernels, Isa isa, const 
 
 void panel_linear(const PanelLinear& p, const Exec& exec) {
   constexpr int64_t kGrain = 1 << 17;     // products worth waking a thread for
-  constexpr int64_t kManyTokens = 1 << 7; // of each thread, worth decoding the weight for
+  constexpr int64_t kManyTokens = 1 << 9; // of each thread, worth decoding the weight for
   const Kernels& kernels = MK_BY_ISA(exec.isa, kKernels);
   const int64_t products = std::max<int64_t>(p.cols, 1), threads = exec.parallel.threads();
   const int64_t panels = ceil_div(p.rows, kPanelRows), tiles = ceil_div(p.tokens, kernels.tokens);

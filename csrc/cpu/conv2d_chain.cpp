@@ -1,9 +1,10 @@
 // Convolutions in turn, image by image: what one makes lies in the L2 cache when the next reads it,
 // and a thread that has images of its own never waits for another.
+#include "buffer.h"
+
 #include "masked_kernels/kernels.h"
 
 #include <atomic>
-#include <memory>
 
 namespace masked_kernels {
 namespace {
@@ -40,8 +41,8 @@ class Worker {
       largest = std::max(largest, chain.steps[i].outputs);
     }
     for (const int place : places_)
-      if (!memory_[place])
-        memory_[place].reset(new float[largest]);
+      if (memory_[place].data() == nullptr)
+        memory_[place] = Buffer(largest);
   }
 
   void operator()(int64_t image) const {
@@ -49,7 +50,7 @@ class Worker {
     for (size_t i = 0; i < chain_.steps.size(); ++i) {
       const MaskedConv2dChain::Step& step = chain_.steps[i];
       const bool is_last = i + 1 == chain_.steps.size();
-      float* const y = is_last ? chain_.y + image * step.outputs : memory_[places_[i]].get();
+      float* const y = is_last ? chain_.y + image * step.outputs : memory_[places_[i]].data();
       std::visit(
           [&](auto conv) {
             conv.x = x;
@@ -66,7 +67,7 @@ class Worker {
   const MaskedConv2dChain& chain_;
   const Exec& exec_;
   std::vector<int> places_; // of what each step makes, in memory_
-  std::unique_ptr<float[]> memory_[2];
+  Buffer memory_[2];
 };
 
 } // namespace

@@ -6,11 +6,11 @@
 // do not fight over the same cache sets. Then each is loaded once a kernel row for all the outputs
 // in registers that it adds to. Meanwhile x and y of the next band are fetched, a few lines at a
 // time: they come in an order that the hardware does not foresee.
+#include "buffer.h"
 #include "epilogue.h"
 #include "prefetch.h"
 
 #include <algorithm>
-#include <vector>
 
 namespace masked_kernels {
 namespace {
@@ -137,11 +137,9 @@ MK_INLINE void convolve_body(const DepthwiseConv2d& p, const Task& task) {
           convolve_columns<kLanes, kWidth, kColumns>(p, filters, x, sums);
         else
           convolve_columns<kLanes, kWidth, kColumns / 2>(p, filters, x, sums);
-        const int64_t lanes = p.channels - channel;
-        const Finish<kLanes> finish(p.epilogue, channel, lanes);
-        int64_t at = pixel * p.channels + channel;
-        for (int64_t c = 0; c < count; ++c, at += p.channels)
-          store<kLanes>(y + at, finish(load<kLanes>(sums + c * kLanes), at), lanes);
+        const int64_t at = pixel * p.channels + channel;
+        Outputs<kLanes>{sums, kLanes, count, p.channels - channel, y + at, p.channels}.finish(
+            p.epilogue, channel, at, p.channels);
         x += slice, filters += taps * kLanes;
       }
     }
@@ -212,8 +210,8 @@ void convolve_as(const DepthwiseConv2d& p, const Exec& exec) {
   exec.parallel.run(0, p.batch * bands * groups,
       ceil_div(kGrain, band_rows * p.out_width() * kGroup * taps), [&](int64_t begin, int64_t end) {
         const int64_t owned = std::min(end - begin, groups), filter_floats = taps * kGroup;
-        std::vector<float> filters(owned * filter_floats);
-        std::vector<float> copied((band_rows + p.kernel_h - 1) * copied_row);
+        const Buffer filters = Buffer::zeros(owned * filter_floats); // there may be fewer channels
+        const Buffer copied((band_rows + p.kernel_h - 1) * copied_row);
         for (int64_t i = 0; i < owned; ++i)
           load_filters(p, (begin + i) % groups * kGroup, &filters[i * filter_floats]);
         for (int64_t i = begin; i < end; ++i) {

@@ -6,12 +6,12 @@
 // inside a border of zeros: then no tap needs a test, and pixels a power of two apart do not fight
 // over the same cache sets. One pass over the copies keeps the sums of all taps in registers, or of
 // as many rows of taps as fit.
+#include "buffer.h"
 #include "vector.h"
 
 #include "masked_kernels/kernels.h"
 
 #include <algorithm>
-#include <vector>
 
 namespace masked_kernels {
 namespace {
@@ -73,8 +73,9 @@ MK_INLINE void grad_channels_body(const DepthwiseGrad& p, int64_t begin, int64_t
   const int64_t height = p.out_height(), width = p.out_width();
   const int64_t x_width = width + kTaps - 1, x_row = x_width * kLanes;
   const int64_t band_height = std::min(height, std::max<int64_t>(kBandFloats / x_row, 1));
-  std::vector<float> x((band_height + kTaps - 1) * x_row), grad_y(band_height * width * kLanes);
-  std::vector<float> sums(ceil_div(end - begin, kLanes) * kSums);
+  const Buffer x = Buffer::zeros((band_height + kTaps - 1) * x_row);
+  const Buffer grad_y(band_height * width * kLanes);
+  const Buffer sums = Buffer::zeros(ceil_div(end - begin, kLanes) * kSums);
 
   for (int64_t image = 0; image < p.batch; ++image)
     for (int64_t top = 0; top < height; top += band_height) {
@@ -93,8 +94,8 @@ MK_INLINE void grad_channels_body(const DepthwiseGrad& p, int64_t begin, int64_t
         copy_pixels<kLanes>(p.grad_y + (image * height + top) * width * p.channels + c, p.channels,
             lanes, rows * width, grad_y.data());
         for (int64_t r = 0; r < kTaps; r += kRows)
-          add_taps<kLanes, kTaps, kRows>({x.data(), grad_y.data(), rows, width},
-              x.data() + r * x_row, sum + r * kTaps * kLanes);
+          add_taps<kLanes, kTaps, kRows>(
+              {x.data(), grad_y.data(), rows, width}, &x[r * x_row], sum + r * kTaps * kLanes);
       }
     }
 

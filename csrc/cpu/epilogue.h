@@ -54,17 +54,21 @@ struct Outputs {
 
   MK_INLINE void finish(const Epilogue& epilogue, int64_t channel, int64_t at, int64_t step) const {
     const Outputs o = *this; // which no store to y can change
-    const Finish<kLanes> finish(epilogue, channel, o.count);
-    for (int64_t i = 0; i < o.pixels; ++i, at += step)
-      store<kLanes>(
-          o.y + i * o.y_stride, finish(load<kLanes>(o.sums + i * o.sum_stride), at), o.count);
+    with_count<kLanes>(o.count, [&](auto count) MK_INLINE_LAMBDA {
+      const Finish<kLanes> finish(epilogue, channel, count);
+      for (int64_t i = 0; i < o.pixels; ++i)
+        store<kLanes>(o.y + i * o.y_stride,
+            finish(load<kLanes>(o.sums + i * o.sum_stride), at + i * step), count);
+    });
   }
 
   MK_INLINE void shift(float scale, const Floats<kLanes>& bias) const {
     const Outputs o = *this;
-    for (int64_t i = 0; i < o.pixels; ++i)
-      store<kLanes>(
-          o.y + i * o.y_stride, load<kLanes>(o.sums + i * o.sum_stride) * scale + bias, o.count);
+    with_count<kLanes>(o.count, [&](auto count) MK_INLINE_LAMBDA {
+      for (int64_t i = 0; i < o.pixels; ++i)
+        store<kLanes>(
+            o.y + i * o.y_stride, load<kLanes>(o.sums + i * o.sum_stride) * scale + bias, count);
+    });
   }
 };
 

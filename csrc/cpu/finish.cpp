@@ -12,11 +12,11 @@ struct Rows {
   template <int kLanes>
   MK_INLINE void run(int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row)
-      for (int64_t channel = 0; channel < channels; channel += kLanes) {
-        const int64_t at = row * channels + channel, count = channels - channel;
+      for_vectors<kLanes>(channels, [&](int64_t channel, auto count) MK_INLINE_LAMBDA {
+        const int64_t at = row * channels + channel;
         const Finish<kLanes> finish(epilogue, channel, count);
         store<kLanes>(y + at, finish(load<kLanes>(y + at, count), at), count);
-      }
+      });
   }
 };
 

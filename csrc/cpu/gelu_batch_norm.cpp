@@ -1,4 +1,5 @@
 // GELU and BatchNorm in one: each pass reads x, computes GELU anew, and keeps nothing of its size.
+#include "buffer.h"
 #include "gelu.h"
 
 #include "masked_kernels/kernels.h"
@@ -16,15 +17,13 @@ constexpr int64_t kFirst = 256; // pixels that a variance takes a first mean fro
 constexpr int64_t kPartPixels = 256; // the fewest that a thread sums
 
 // Per-channel factors, with room for a whole vector at the end.
-using Factors = std::vector<float>;
-
-Factors factors(int64_t channels) {
-  return Factors(channels + kMaxLanes);
+Buffer factors(int64_t channels) {
+  return Buffer::zeros(channels + kMaxLanes);
 }
 
-Factors means(const GeluBatchNorm& p) {
-  Factors mean = factors(p.channels);
-  std::copy_n(p.mean, p.channels, mean.begin());
+Buffer means(const GeluBatchNorm& p) {
+  Buffer mean = factors(p.channels);
+  std::copy_n(p.mean, p.channels, mean.data());
   return mean;
 }
 
@@ -41,22 +40,23 @@ struct Sums {
 
   template <int kLanes>
   MK_INLINE void run(int64_t begin, int64_t end) const {
-    const int64_t padded = channels + kMaxLanes;
-    std::vector<float> block(2 * padded);
-    float *const first = block.data(), *const second = first + padded;
+    const Sums o = *this; // which no store can change
+    const Buffer firsts = factors(channels), seconds = factors(channels);
+    float *const first = firsts.data(), *const second = seconds.data();
     for (int64_t part = begin; part < end; ++part) {
       const int64_t last = pixels * (part + 1) / parts;
       for (int64_t top = pixels * part / parts; top < last; top += kBlock) {
-        std::fill(block.begin(), block.end(), 0.0f);
+        std::fill_n(first, channels, 0.0f);
+        std::fill_n(second, channels, 0.0f);
         for (int64_t pixel = top; pixel < std::min(top + kBlock, last); ++pixel)
-          for (int64_t c = 0; c < channels; c += kLanes) {
-            const int64_t lanes = channels - c, at = pixel * channels + c;
-            const Floats<kLanes> in = load<kLanes>(x + at, lanes);
-            const Floats<kLanes> d = gelu<kLanes>(in) - load<kLanes>(shift + c);
-            const Floats<kLanes> grad = kOfGrad ? load<kLanes>(grad_y + at, lanes) : d;
+          for_vectors<kLanes>(o.channels, [&](int64_t c, auto count) MK_INLINE_LAMBDA {
+            const int64_t at = pixel * o.channels + c;
+            const Floats<kLanes> in = load<kLanes>(o.x + at, count);
+            const Floats<kLanes> d = gelu<kLanes>(in) - load<kLanes>(o.shift + c);
+            const Floats<kLanes> grad = kOfGrad ? load<kLanes>(o.grad_y + at, count) : d;
             store<kLanes>(first + c, load<kLanes>(first + c) + (kOfGrad ? d * grad : d));
             store<kLanes>(second + c, load<kLanes>(second + c) + (kOfGrad ? grad : d * d));
-          }
+          });
         double* total = totals + part * 2 * channels;
         for (int64_t c = 0; c < channels; ++c) {
           total[c] += first[c];
@@ -80,16 +80,17 @@ struct Normalise {
 
   template <int kLanes>
   MK_INLINE void run(int64_t begin, int64_t end) const {
+    const Normalise o = *this; // which no store can change
     for (int64_t pixel = begin; pixel < end; ++pixel)
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        const int64_t lanes = channels - c, at = pixel * channels + c;
-        const Floats<kLanes> in = load<kLanes>(x + at, lanes);
-        const Floats<kLanes> d = gelu<kLanes>(in) - load<kLanes>(mean + c);
-        Floats<kLanes> out = d * load<kLanes>(scale + c) + load<kLanes>(shift + c);
-        if (residual)
-          out += load<kLanes>(residual + at, lanes);
-        store<kLanes>(y + at, out, lanes);
-      }
+      for_vectors<kLanes>(o.channels, [&](int64_t c, auto count) MK_INLINE_LAMBDA {
+        const int64_t at = pixel * o.channels + c;
+        const Floats<kLanes> in = load<kLanes>(o.x + at, count);
+        const Floats<kLanes> d = gelu<kLanes>(in) - load<kLanes>(o.mean + c);
+        Floats<kLanes> out = d * load<kLanes>(o.scale + c) + load<kLanes>(o.shift + c);
+        if (o.residual)
+          out += load<kLanes>(o.residual + at, count);
+        store<kLanes>(o.y + at, out, count);
+      });
   }
 };
 
@@ -107,17 +108,18 @@ struct GradX {
   template <int kLanes>
   MK_INLINE void run(int64_t begin, int64_t end) const {
     constexpr float kDensity = 0.398942280f; // 1 / sqrt(2 pi)
+    const GradX o = *this;                   // which no store can change
     for (int64_t pixel = begin; pixel < end; ++pixel)
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        const int64_t lanes = channels - c, at = pixel * channels + c;
-        const Floats<kLanes> in = load<kLanes>(x + at, lanes);
+      for_vectors<kLanes>(o.channels, [&](int64_t c, auto count) MK_INLINE_LAMBDA {
+        const int64_t at = pixel * o.channels + c;
+        const Floats<kLanes> in = load<kLanes>(o.x + at, count);
         const Normal<kLanes> normal(in);
-        const Floats<kLanes> d = in * normal.cdf - load<kLanes>(mean + c);
-        const Floats<kLanes> grad = load<kLanes>(grad_y + at, lanes) - load<kLanes>(shift + c) -
-                                    d * load<kLanes>(slope + c);
+        const Floats<kLanes> d = in * normal.cdf - load<kLanes>(o.mean + c);
+        const Floats<kLanes> grad = load<kLanes>(o.grad_y + at, count) - load<kLanes>(o.shift + c) -
+                                    d * load<kLanes>(o.slope + c);
         const Floats<kLanes> slope_of_gelu = normal.cdf + in * kDensity * normal.bell;
-        store<kLanes>(grad_x + at, grad * load<kLanes>(scale + c) * slope_of_gelu, lanes);
-      }
+        store<kLanes>(o.grad_x + at, grad * load<kLanes>(o.scale + c) * slope_of_gelu, count);
+      });
   }
 };
 
@@ -184,7 +186,7 @@ void gelu_stats(
   // About the mean of the first pixels: the squares of values far from 0 would drown their
   // variance.
   const int64_t first = std::min(pixels, kFirst);
-  Factors zero = factors(channels), shift = factors(channels);
+  Buffer zero = factors(channels), shift = factors(channels);
   const std::vector<double> first_sum =
       total(Sums<false>{x, nullptr, first, channels, zero.data()}, exec);
   for (int64_t c = 0; c < channels; ++c)
@@ -199,7 +201,7 @@ void gelu_stats(
 }
 
 void gelu_batch_norm(const GeluBatchNorm& p, const float* residual, float* y, const Exec& exec) {
-  Factors mean = means(p), scale = factors(p.channels), shift = factors(p.channels);
+  Buffer mean = means(p), scale = factors(p.channels), shift = factors(p.channels);
   for (int64_t c = 0; c < p.channels; ++c) {
     scale[c] = static_cast<float>(weight(p, c) * inverse_deviation(p, c));
     shift[c] = p.bias ? p.bias[c] : 0;
@@ -210,7 +212,7 @@ void gelu_batch_norm(const GeluBatchNorm& p, const float* residual, float* y, co
 
 void gelu_batch_norm_grad_affine(const GeluBatchNorm& p, const float* grad_y, float* grad_weight,
     float* grad_bias, const Exec& exec) {
-  Factors mean = means(p);
+  Buffer mean = means(p);
   const std::vector<double> sums =
       total(Sums<true>{p.x, grad_y, p.pixels, p.channels, mean.data()}, exec);
   for (int64_t c = 0; c < p.channels; ++c) {
@@ -221,8 +223,8 @@ void gelu_batch_norm_grad_affine(const GeluBatchNorm& p, const float* grad_y, fl
 
 void gelu_batch_norm_grad_x(const GeluBatchNorm& p, const float* grad_y, const float* grad_weight,
     const float* grad_bias, float* grad_x, const Exec& exec) {
-  Factors mean = means(p), slope = factors(p.channels), shift = factors(p.channels);
-  Factors scale = factors(p.channels);
+  Buffer mean = means(p), slope = factors(p.channels), shift = factors(p.channels);
+  Buffer scale = factors(p.channels);
   for (int64_t c = 0; c < p.channels; ++c) {
     const double inverse = inverse_deviation(p, c);
     scale[c] = static_cast<float>(weight(p, c) * inverse);

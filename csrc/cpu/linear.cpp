@@ -3,6 +3,7 @@
 // A micro-kernel multiplies a group of weight rows with a few tokens and keeps all sums in
 // registers. K is cut into blocks; a block of x is packed once, into the L1 cache, and all rows
 // pass by it.
+#include "buffer.h"
 #include "row_walk.h"
 #include "row_windows.h"
 #include "target.h"
@@ -10,7 +11,6 @@
 #include "masked_kernels/kernels.h"
 
 #include <cstring>
-#include <memory>
 #include <numeric>
 
 namespace masked_kernels {
@@ -258,11 +258,8 @@ struct Tile {
 void multiply_tile(const MaskedLinear& p, const RowWindows<float>& windows, const Kernels& kernels,
     const Tile& tile) {
   constexpr int64_t kCached = 12288; // elements of x to keep in the L1 cache
-  struct alignas(64) Vector {
-    float lane[kLanes];
-  };
-  const std::unique_ptr<Vector[]> packed(new Vector[kCached / kLanes]); // not initialised
-  float* x = packed[0].lane;
+  const Buffer packed(kCached);
+  float* x = packed.data();
 
   const int64_t tokens = tile.token_end - tile.token_begin;
   const int64_t token_blocks = ceil_div(tokens, kernels.tokens);

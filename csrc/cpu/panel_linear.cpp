@@ -1,11 +1,11 @@
 // y [M, N] = epilogue(x [M, K] (w . m)^T) for values of any kind: the weight is decoded a panel of
 // 16 rows at a time, [K, 16], and a few tokens are multiplied with a panel at once, their sums in
 // registers. Panels stay in the L2 cache, the tokens in the L1 cache while all panels pass.
+#include "buffer.h"
 #include "epilogue.h"
 #include "square.h"
 
 #include <algorithm>
-#include <memory>
 
 namespace masked_kernels {
 namespace {
@@ -135,10 +135,8 @@ void multiply_part(const PanelLinear& p, const Kernels& kernels, Isa isa, const 
   const int64_t rows_at_once =
       std::min(std::max<int64_t>(kPanelsFloats / panel_floats, 1) * kPanelRows,
           ceil_div(part.row_end - part.row_begin, kPanelRows) * kPanelRows);
-  const auto new_floats = [](int64_t count) { return std::unique_ptr<float[]>(new float[count]); };
-  const auto panels = new_floats(rows_at_once / kPanelRows * panel_floats);
-  const auto decoded = new_floats(panel_floats);
-  const auto patches = new_floats(p.patches ? kernels.tokens * p.cols : 0);
+  const Buffer panels(rows_at_once / kPanelRows * panel_floats), decoded(panel_floats);
+  const Buffer patches(p.patches ? kernels.tokens * p.cols : 0);
   alignas(64) float sums[kMostTokens * kPanelRows];
   const Serial serial;
   const int64_t taps = p.patches ? p.patches.kernel_h * p.patches.kernel_w : 1;
@@ -147,17 +145,17 @@ void multiply_part(const PanelLinear& p, const Kernels& kernels, Isa isa, const 
     const int64_t end = std::min(first + rows_at_once, part.row_end);
     for (int64_t row = first; row < end; row += kPanelRows) {
       const int64_t count = std::min(kPanelRows, end - row);
-      decode({p.values, p.period, sizeof(float), p.words, p.cols, row, row + count, decoded.get(),
+      decode({p.values, p.period, sizeof(float), p.words, p.cols, row, row + count, decoded.data(),
                  taps},
           {isa, serial});
-      std::fill_n(decoded.get() + count * p.cols, (kPanelRows - count) * p.cols, 0.0f);
-      kernels.transpose(decoded.get(), p.cols, &panels[(row - first) * p.cols]);
+      std::fill_n(decoded.data() + count * p.cols, (kPanelRows - count) * p.cols, 0.0f);
+      kernels.transpose(decoded.data(), p.cols, &panels[(row - first) * p.cols]);
     }
     for (int64_t token = part.token_begin; token < part.token_end; token += kernels.tokens) {
       const int64_t count = std::min(kernels.tokens, part.token_end - token);
       if (p.patches)
-        p.patches.copy(p.x, token, count, patches.get(), p.cols);
-      const float* const from = p.patches ? patches.get() : p.x + token * p.cols;
+        p.patches.copy(p.x, token, count, patches.data(), p.cols);
+      const float* const from = p.patches ? patches.data() : p.x + token * p.cols;
       const float* x[kMostTokens]; // the last again for those that are not there
       for (int64_t t = 0; t < kernels.tokens; ++t)
         x[t] = from + std::min(t, count - 1) * p.cols;

@@ -6,6 +6,7 @@
 #include "masked_kernels/isa.h"
 
 #define MK_INLINE inline __attribute__((always_inline))
+#define MK_INLINE_LAMBDA __attribute__((always_inline)) // after the parameters
 
 #if defined(__x86_64__)
 #define MK_X86 1

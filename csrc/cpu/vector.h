@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 // What is always inlined passes no vector, so no ABI is at stake.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -45,6 +46,26 @@ MK_INLINE void store(float* to, const Floats<kLanes>& vector, int64_t count = kL
     std::memcpy(to, &vector, sizeof vector);
   else
     std::memcpy(to, &vector, count * sizeof(float));
+}
+
+// fn(count) for a vector of which `count` elements exist. Of a whole one the count is a constant,
+// and nothing remains of what serves a part.
+template <int kLanes, class Fn>
+MK_INLINE void with_count(int64_t count, const Fn& fn) {
+  if (count >= kLanes)
+    fn(std::integral_constant<int64_t, kLanes>{});
+  else
+    fn(count);
+}
+
+// fn(i, count) for each vector of `length` elements: it begins with element i.
+template <int kLanes, class Fn>
+MK_INLINE void for_vectors(int64_t length, const Fn& fn) {
+  int64_t i = 0;
+  for (; i + kLanes <= length; i += kLanes)
+    fn(i, std::integral_constant<int64_t, kLanes>{});
+  if (i < length)
+    fn(i, length - i);
 }
 
 } // namespace masked_kernels

@@ -241,8 +241,9 @@ MK_AVX2 void add_looked_up(const uint32_t* tile, int64_t tile_stride, int64_t wo
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           constexpr uint32_t kOffsets = (kSubsets - 1) * kTokens;
-          const int shift = i * kTableColumns - kLogTokens;
-          uint64_t offset = (shift < 0 ? bits[r] << -shift : bits[r] >> shift) & kOffsets;
+          // A rotation: one instruction to another register, where a shift takes two.
+          const int by = (i * kTableColumns - kLogTokens) & 63;
+          uint64_t offset = (bits[r] >> by | bits[r] << (-by & 63)) & kOffsets;
           // One offset before the sum that needs the one before: GCC makes all first, and spills.
           asm volatile("" : "+r"(offset), "+x"(acc[r][0]), "+x"(acc[r][kVectors - 1]));
           const float* sums_of = table + offset;

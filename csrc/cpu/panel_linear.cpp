@@ -12,13 +12,15 @@ namespace {
 
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kMostTokens = 12;
+// After each decoded row: rows a power of two apart would fight over the same cache sets.
+constexpr int64_t kPadding = 16;
 constexpr int64_t kPanelsFloats = 1 << 16; // of panels that are multiplied in turn
 // Columns that one running sum takes. A total of short sums rounds less than a long sum.
 constexpr int64_t kRun = 128;
 
 // sums [tokens, 16] = the product of a panel [cols, 16] with the rows x
 using Multiply = void (*)(const float* panel, const float* const* x, int64_t cols, float* sums);
-// panel [cols, 16] = the transpose of rows [16, cols]
+// panel [cols, 16] = the transpose of rows [16, cols], kPadding floats apart
 using Transpose = void (*)(const float* rows, int64_t cols, float* panel);
 // y of `count` tokens and of up to 16 rows
 using Store = void (*)(
@@ -70,7 +72,7 @@ MK_INLINE void store_body(
 MK_INLINE void transpose_body(const float* rows, int64_t cols, int64_t col, float* panel) {
   for (; col < cols; ++col)
     for (int64_t row = 0; row < kPanelRows; ++row)
-      panel[col * kPanelRows + row] = rows[row * cols + col];
+      panel[col * kPanelRows + row] = rows[row * (cols + kPadding) + col];
 }
 
 struct Kernels {
@@ -103,7 +105,8 @@ MK_AVX2 void transpose(const float* rows, int64_t cols, float* panel) {
   int64_t col = 0;
   for (; col + kLanes <= cols; col += kLanes)
     for (int64_t row = 0; row < kPanelRows; row += kLanes)
-      transpose_square(rows + row * cols + col, cols, panel + col * kPanelRows + row, kPanelRows);
+      transpose_square(rows + row * (cols + kPadding) + col, cols + kPadding,
+          panel + col * kPanelRows + row, kPanelRows);
   transpose_body(rows, cols, col, panel);
 }
 MK_AVX2 void store(
@@ -135,7 +138,8 @@ void multiply_part(const PanelLinear& p, const Kernels& kernels, Isa isa, const 
   const int64_t rows_at_once =
       std::min(std::max<int64_t>(kPanelsFloats / panel_floats, 1) * kPanelRows,
           ceil_div(part.row_end - part.row_begin, kPanelRows) * kPanelRows);
-  const Buffer panels(rows_at_once / kPanelRows * panel_floats), decoded(panel_floats);
+  const int64_t decoded_row = p.cols + kPadding;
+  const Buffer panels(rows_at_once / kPanelRows * panel_floats), decoded(kPanelRows * decoded_row);
   const Buffer patches(p.patches ? kernels.tokens * p.cols : 0);
   alignas(64) float sums[kMostTokens * kPanelRows];
   const Serial serial;
@@ -146,9 +150,9 @@ void multiply_part(const PanelLinear& p, const Kernels& kernels, Isa isa, const 
     for (int64_t row = first; row < end; row += kPanelRows) {
       const int64_t count = std::min(kPanelRows, end - row);
       decode({p.values, p.period, sizeof(float), p.words, p.cols, row, row + count, decoded.data(),
-                 taps},
+                 taps, kPadding},
           {isa, serial});
-      std::fill_n(decoded.data() + count * p.cols, (kPanelRows - count) * p.cols, 0.0f);
+      std::fill_n(&decoded[count * decoded_row], (kPanelRows - count) * decoded_row, 0.0f);
       kernels.transpose(decoded.data(), p.cols, &panels[(row - first) * p.cols]);
     }
     for (int64_t token = part.token_begin; token < part.token_end; token += kernels.tokens) {

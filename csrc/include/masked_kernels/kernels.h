@@ -79,6 +79,7 @@ struct Decode {
   int64_t row_begin, row_end;
   void* out;
   int64_t taps = 1;
+  int64_t padding = 0; // elements between the rows of out
 };
 void decode(const Decode& params, const Exec& exec);
 

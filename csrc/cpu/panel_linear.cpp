@@ -16,7 +16,7 @@ constexpr int64_t kMostTokens = 12;
 constexpr int64_t kPadding = 16;
 constexpr int64_t kPanelsFloats = 1 << 16; // of panels that are multiplied in turn
 // Columns that one running sum takes. A total of short sums rounds less than a long sum.
-constexpr int64_t kRun = 128;
+constexpr int64_t kRun = 64;
 
 // sums [tokens, 16] = the product of a panel [cols, 16] with the rows x
 using Multiply = void (*)(const float* panel, const float* const* x, int64_t cols, float* sums);
@@ -152,7 +152,7 @@ void multiply_part(const PanelLinear& p, const Kernels& kernels, Isa isa, const 
       decode({p.values, p.period, sizeof(float), p.words, p.cols, row, row + count, decoded.data(),
                  taps, kPadding},
           {isa, serial});
-      std::fill_n(&decoded[count * decoded_row], (kPanelRows - count) * decoded_row, 0.0f);
+      std::fill_n(decoded.data() + count * decoded_row, (kPanelRows - count) * decoded_row, 0.0f);
       kernels.transpose(decoded.data(), p.cols, &panels[(row - first) * p.cols]);
     }
     for (int64_t token = part.token_begin; token < part.token_end; token += kernels.tokens) {

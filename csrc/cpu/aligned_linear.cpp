@@ -7,6 +7,7 @@
 // two ways to). The sums are those of float32, nothing is rounded that a dot product would not
 // round.
 #include "aligned_tables.h"
+#include "buffer.h"
 #include "epilogue.h"
 
 #include "masked_kernels/kernels.h"
@@ -96,16 +97,15 @@ struct Tile {
 };
 
 struct Workspace {
-  // Not initialised.
-  std::unique_ptr<Vector[]> tables, sums, patches;
-  int64_t patch_stride; // no power of two: patches do not fight over the same cache sets
+  Buffer tables, patches;
+  std::unique_ptr<Vector[]> sums; // not initialised
+  int64_t patch_stride;           // no power of two: patches do not fight over the same cache sets
 
   Workspace(const AlignedLinear& p, const Passes& passes, int64_t blocks)
-      : tables(new Vector[ceil_div(passes.most_words() * kTableFloats, kBlockRows)]),
-        sums(new Vector[blocks * passes.most]),
+      : tables(passes.most_words() * kTableFloats), sums(new Vector[blocks * passes.most]),
         patch_stride((ceil_div(p.cols, kBlockRows) | 1) * kBlockRows) {
     if (p.patches)
-      patches.reset(new Vector[passes.most * patch_stride / kBlockRows]);
+      patches = Buffer(passes.most * patch_stride);
   }
 };
 
@@ -120,9 +120,9 @@ struct Tokens {
       : first(begin), count(std::min(most, p.tokens - begin)), x(p.x + begin * p.cols),
         stride(p.cols) {
     if (p.patches) {
-      x = space.patches[0].lane;
+      x = space.patches.data();
       stride = space.patch_stride;
-      p.patches.copy(p.x, first, count, space.patches[0].lane, stride);
+      p.patches.copy(p.x, first, count, space.patches.data(), stride);
     } else {
       const int64_t end = first + count;
       next = {p.x + end * p.cols, p.x + std::min(end + count, p.tokens) * p.cols};
@@ -156,7 +156,7 @@ void store(const AlignedLinear& p, const Tile& tile, const Kernels& kernels, con
 
 void multiply_tile(const AlignedLinear& p, const Tile& tile, const Kernels& kernels,
     const Pass& pass, const Tokens& tokens, Workspace& space) {
-  float* tables = space.tables[0].lane;
+  float* tables = space.tables.data();
   const int64_t words = tile_words(p.cols);
   if (words == 0)
     std::fill_n(space.sums.get(), tile.blocks() * pass.tokens, Vector{});

@@ -4,8 +4,8 @@
 period fits the rows: x is scaled once and the bits alone select what is summed, at any batch in
 fewer instructions than a dense product. *Direct* reads bits and values inside the multiplication
 and never writes a dense weight: at small batch it moves a fraction of the bytes a dense layer
-would. *Panels* decodes some rows at a time into one scratch that stays in the L2 cache and hands
-it to the library: at large batch the decoding is lost in the multiplication.
+would. *Panels* decodes some rows at a time, which stay in the L2 cache, and multiplies them as a
+dense product; in other dtypes than float32 it hands them to the library.
 The kernels compute in float32; 16-bit inputs are widened where that is cheap. Threads are torch's
 (``torch.set_num_threads``).
 """

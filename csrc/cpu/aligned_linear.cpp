@@ -122,7 +122,8 @@ struct Tokens {
     if (p.patches) {
       x = space.patches.data();
       stride = space.patch_stride;
-      p.patches.copy(p.x, first, count, space.patches.data(), stride);
+      p.patches.copy(
+          p.x, {first, first + count}, {0, p.patches.channels}, space.patches.data(), stride);
     } else {
       const int64_t end = first + count;
       next = {p.x + end * p.cols, p.x + std::min(end + count, p.tokens) * p.cols};
@@ -208,26 +209,28 @@ void turn_row(const uint32_t* row, int64_t cols, int64_t taps, uint32_t* turned)
 
 } // namespace
 
-void Patches::copy(
-    const float* images, int64_t first, int64_t count, float* to, int64_t stride) const {
-  for (int64_t token = first; token < first + count; ++token, to += stride) {
+void Patches::copy(const float* images, const Interval& tokens, const Interval& of, float* to,
+    int64_t stride) const {
+  const int64_t copied = of.size();
+  // Adjacent taps of all channels lie next to one another.
+  const int64_t run = dilation_w == 1 && copied == channels ? kernel_w : 1, runs = kernel_w / run;
+  for (int64_t token = tokens.begin; token < tokens.end; ++token, to += stride) {
     const int64_t out_row = token / out_width, image = out_row / out_height;
     const int64_t top = out_row % out_height * stride_h - pad_h;
     const int64_t left = token % out_width * stride_w - pad_w;
-    // Adjacent taps lie next to one another: those from `begin` to `end` are inside the image.
-    const int64_t run = dilation_w == 1 ? kernel_w : 1, runs = kernel_w / run;
     float* out = to;
     for (int64_t i = 0; i < kernel_h; ++i)
       for (int64_t j = 0; j < runs; ++j) {
         const int64_t row = top + i * dilation_h, column = left + j * dilation_w;
+        // The taps of a run from `begin` to `end` are inside the image.
         const bool inside = 0 <= row && row < height;
         const int64_t begin = inside ? std::clamp<int64_t>(-column, 0, run) : run;
         const int64_t end = inside ? std::clamp(width - column, begin, run) : run;
-        out = std::fill_n(out, begin * channels, 0.0f);
+        const int64_t pixel = (image * height + row) * width + column + begin;
+        out = std::fill_n(out, begin * copied, 0.0f);
         if (begin < end)
-          out = std::copy_n(images + ((image * height + row) * width + column + begin) * channels,
-              (end - begin) * channels, out);
-        out = std::fill_n(out, (run - end) * channels, 0.0f);
+          out = std::copy_n(images + pixel * channels + of.begin, (end - begin) * copied, out);
+        out = std::fill_n(out, (run - end) * copied, 0.0f);
       }
   }
 }

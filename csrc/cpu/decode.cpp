@@ -147,7 +147,6 @@ void decode_as(const Decode& p, const Exec& exec) {
   const RowWindows<T> windows(static_cast<const T*>(p.values), p.period, p.row_end, p.cols);
   const uint32_t* words = p.words + p.row_begin * words_per_row(p.cols);
   T* out = static_cast<T*>(p.out);
-  const int64_t out_row = p.cols + p.padding;
   const auto decode_span = MK_BY_ISA(exec.isa, decode_span<T>);
   if (p.taps > 1) {
     const auto transpose_filter = MK_BY_ISA(exec.isa, transpose_filter<T>);
@@ -157,14 +156,14 @@ void decode_as(const Decode& p, const Exec& exec) {
       for (int64_t i = begin; i < end; ++i) {
         decode_span(windows.at(i * p.cols % p.period), p.words + i * words_per_row(p.cols), p.cols,
             row.get());
-        transpose_filter(row.get(), p.cols / p.taps, p.taps, out + (i - p.row_begin) * out_row);
+        transpose_filter(row.get(), p.cols / p.taps, p.taps, out + (i - p.row_begin) * p.cols);
       }
     });
     return;
   }
   parallel_spans({p.row_end - p.row_begin, p.cols}, exec.parallel, [&](const Span& s) {
     const T* row = windows.at((p.row_begin + s.row) * p.cols % p.period);
-    decode_span(row + s.col, words + s.word, s.count, out + s.row * out_row + s.col);
+    decode_span(row + s.col, words + s.word, s.count, out + s.row * p.cols + s.col);
   });
 }
 

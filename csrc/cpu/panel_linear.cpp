@@ -1,30 +1,50 @@
 // y [M, N] = epilogue(x [M, K] (w . m)^T) for values of any kind: the weight is decoded a panel of
-// 16 rows at a time, [K, 16], and a few tokens are multiplied with a panel at once, their sums in
-// registers. Panels stay in the L2 cache, the tokens in the L1 cache while all panels pass.
+// 16 rows at a time, and a few tokens are multiplied with a panel at once, their sums in registers.
+// Long rows are cut into blocks of columns, so that the panels of many rows stay in the L2 cache
+// while all tokens pass, and the tokens in the L1 cache while all panels do.
 #include "buffer.h"
 #include "epilogue.h"
-#include "square.h"
+#include "row_windows.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace masked_kernels {
 namespace {
 
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kMostTokens = 12;
-// After each decoded row: rows a power of two apart would fight over the same cache sets.
-constexpr int64_t kPadding = 16;
 constexpr int64_t kPanelsFloats = 1 << 16; // of panels that are multiplied in turn
+constexpr int64_t kSumsFloats = 1 << 18;   // of tokens that pass in turn, where blocks add up
+constexpr int64_t kBlockColumns = 1 << 9;  // about so many at once of rows of more than twice these
 // Columns that one running sum takes. A total of short sums rounds less than a long sum.
 constexpr int64_t kRun = 64;
 
-// sums [tokens, 16] = the product of a panel [cols, 16] with the rows x
+// Some columns of the 16 rows of a panel, from a word boundary on.
+struct Rows {
+  const float* values[kPanelRows];
+  const uint32_t* words[kPanelRows];
+  int64_t cols;
+  const int64_t* places; // of the columns in the panel; null if they stay where they are
+};
+
+// panel [cols, 16] = the rows where their bits are set
+using Fill = void (*)(const Rows& rows, float* panel);
+// sums [tokens, 16] += the product of a panel [cols, 16] with the rows x
 using Multiply = void (*)(const float* panel, const float* const* x, int64_t cols, float* sums);
-// panel [cols, 16] = the transpose of rows [16, cols], kPadding floats apart
-using Transpose = void (*)(const float* rows, int64_t cols, float* panel);
 // y of `count` tokens and of up to 16 rows
 using Store = void (*)(
     const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums);
+
+MK_INLINE void fill_body(const Rows& rows, int64_t col, float* panel) {
+  for (; col < rows.cols; ++col) {
+    float* const out = panel + (rows.places ? rows.places[col] : col) * kPanelRows;
+    for (int64_t row = 0; row < kPanelRows; ++row) {
+      const bool is_set = rows.words[row][col / kWordBits] >> col % kWordBits & 1;
+      out[row] = is_set ? rows.values[row][col] : 0.0f;
+    }
+  }
+}
 
 template <int kLanes, int kTokens>
 MK_INLINE void multiply_body(const float* panel, const float* const* x, int64_t cols, float* sums) {
@@ -32,10 +52,11 @@ MK_INLINE void multiply_body(const float* panel, const float* const* x, int64_t 
   const float* token[kTokens];
   for (int t = 0; t < kTokens; ++t)
     token[t] = x[t];
-  std::fill_n(sums, kTokens * kPanelRows, 0.0f);
   for (int64_t run = 0; run < cols; run += kRun) {
     Floats<kLanes> sum[kTokens][kVectors] = {};
-    for (int64_t k = run; k < std::min(run + kRun, cols); ++k, panel += kPanelRows) {
+    const int64_t end = std::min(run + kRun, cols);
+#pragma GCC unroll 4
+    for (int64_t k = run; k < end; ++k, panel += kPanelRows) {
       Floats<kLanes> w[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v)
@@ -53,6 +74,7 @@ MK_INLINE void multiply_body(const float* panel, const float* const* x, int64_t 
         float* total = sums + t * kPanelRows + v * kLanes;
         store<kLanes>(total, load<kLanes>(total) + sum[t][v]);
       }
+    asm("" ::: "memory"); // totals stay there: registers are for the sums
   }
 }
 
@@ -69,51 +91,85 @@ MK_INLINE void store_body(
   }
 }
 
-MK_INLINE void transpose_body(const float* rows, int64_t cols, int64_t col, float* panel) {
-  for (; col < cols; ++col)
-    for (int64_t row = 0; row < kPanelRows; ++row)
-      panel[col * kPanelRows + row] = rows[row * (cols + kPadding) + col];
-}
-
 struct Kernels {
   int64_t tokens; // at once
+  Fill fill;
   Multiply multiply;
-  Transpose transpose;
   Store store;
 };
 
 namespace scalar {
+void fill(const Rows& rows, float* panel) {
+  fill_body(rows, 0, panel);
+}
 void multiply(const float* panel, const float* const* x, int64_t cols, float* sums) {
   multiply_body<4, 2>(panel, x, cols, sums);
-}
-void transpose(const float* rows, int64_t cols, float* panel) {
-  transpose_body(rows, cols, 0, panel);
 }
 void store(const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
   store_body<4>(p, token, count, row, sums);
 }
-constexpr Kernels kKernels = {2, multiply, transpose, store};
+constexpr Kernels kKernels = {2, fill, multiply, store};
 } // namespace scalar
 
 #if MK_X86
 namespace avx2 {
+
+// Eight rows and four columns at a time. Once they are transposed, the bits of a column are those
+// of eight words in the same place, which a shift takes to the signs of the lanes.
+template <bool kStay>
+MK_AVX2 MK_INLINE void fill_columns(const Rows& rows, int64_t first, float* panel) {
+  constexpr int64_t kLanes = 8, kHalf = kLanes / 2;
+  const float* values[kLanes];
+  const uint32_t* words[kLanes];
+  std::copy_n(rows.values + first, kLanes, values);
+  std::copy_n(rows.words + first, kLanes, words);
+  __m256 zero = _mm256_setzero_ps();
+  asm("" : "+x"(zero)); // unknown, or the blend becomes two instructions
+  __m256i bits = {};
+  for (int64_t col = 0; col + kHalf <= rows.cols; col += kHalf) {
+    if (col % kWordBits == 0) {
+      const auto word = [&](int i) MK_AVX2 { return static_cast<int>(words[i][col / kWordBits]); };
+      bits =
+          _mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7));
+    }
+    const auto pair = [&](int i) MK_AVX2 { // of rows i and i + 4
+      return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(values[i] + col)),
+          _mm_loadu_ps(values[i + kHalf] + col), 1);
+    };
+    const __m256 low[2] = {
+        _mm256_unpacklo_ps(pair(0), pair(1)), _mm256_unpacklo_ps(pair(2), pair(3))};
+    const __m256 high[2] = {
+        _mm256_unpackhi_ps(pair(0), pair(1)), _mm256_unpackhi_ps(pair(2), pair(3))};
+    const __m256 columns[kHalf] = {_mm256_shuffle_ps(low[0], low[1], _MM_SHUFFLE(1, 0, 1, 0)),
+        _mm256_shuffle_ps(low[0], low[1], _MM_SHUFFLE(3, 2, 3, 2)),
+        _mm256_shuffle_ps(high[0], high[1], _MM_SHUFFLE(1, 0, 1, 0)),
+        _mm256_shuffle_ps(high[0], high[1], _MM_SHUFFLE(3, 2, 3, 2))};
+#pragma GCC unroll 4
+    for (int i = 0; i < kHalf; ++i) {
+      const __m256 signs = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 31 - i));
+      float* const out = panel + (kStay ? col + i : rows.places[col + i]) * kPanelRows + first;
+      _mm256_store_ps(out, _mm256_blendv_ps(zero, columns[i], signs));
+    }
+    bits = _mm256_srli_epi32(bits, kHalf);
+  }
+}
+
+MK_AVX2 void fill(const Rows& rows, float* panel) {
+  for (int64_t first = 0; first < kPanelRows; first += 8)
+    if (rows.places)
+      fill_columns<false>(rows, first, panel);
+    else
+      fill_columns<true>(rows, first, panel);
+  fill_body(rows, rows.cols / 4 * 4, panel);
+}
 MK_AVX2 void multiply(const float* panel, const float* const* x, int64_t cols, float* sums) {
   multiply_body<8, 6>(panel, x, cols, sums);
-}
-MK_AVX2 void transpose(const float* rows, int64_t cols, float* panel) {
-  constexpr int64_t kLanes = 8;
-  int64_t col = 0;
-  for (; col + kLanes <= cols; col += kLanes)
-    for (int64_t row = 0; row < kPanelRows; row += kLanes)
-      transpose_square(rows + row * (cols + kPadding) + col, cols + kPadding,
-          panel + col * kPanelRows + row, kPanelRows);
-  transpose_body(rows, cols, col, panel);
 }
 MK_AVX2 void store(
     const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
   store_body<8>(p, token, count, row, sums);
 }
-constexpr Kernels kKernels = {6, multiply, transpose, store};
+constexpr Kernels kKernels = {6, fill, multiply, store};
 } // namespace avx2
 
 namespace avx512 {
@@ -124,74 +180,111 @@ MK_AVX512 void store(
     const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
   store_body<16>(p, token, count, row, sums);
 }
-constexpr Kernels kKernels = {12, multiply, avx2::transpose, store};
+constexpr Kernels kKernels = {12, avx2::fill, multiply, store};
 } // namespace avx512
 #endif
 
-// Rows and tokens of a thread.
+// What is multiplied at once.
 struct Part {
-  int64_t row_begin, row_end, token_begin, token_end;
+  Interval rows, tokens;
 };
 
-void multiply_part(const PanelLinear& p, const Kernels& kernels, Isa isa, const Part& part) {
-  const int64_t panel_floats = std::max<int64_t>(p.cols, 1) * kPanelRows;
-  const int64_t rows_at_once =
-      std::min(std::max<int64_t>(kPanelsFloats / panel_floats, 1) * kPanelRows,
-          ceil_div(part.row_end - part.row_begin, kPanelRows) * kPanelRows);
-  const int64_t decoded_row = p.cols + kPadding;
-  const Buffer panels(rows_at_once / kPanelRows * panel_floats), decoded(kPanelRows * decoded_row);
-  const Buffer patches(p.patches ? kernels.tokens * p.cols : 0);
-  alignas(64) float sums[kMostTokens * kPanelRows];
-  const Serial serial;
+void multiply_part(const PanelLinear& p, const RowWindows<float>& windows, const Kernels& kernels,
+    const Part& part) {
   const int64_t taps = p.patches ? p.patches.kernel_h * p.patches.kernel_w : 1;
+  const int64_t all_channels = p.cols / taps;
+  const bool is_cut = p.cols > 2 * kBlockColumns;
+  const int64_t block = // channels, whose columns begin with a word
+      is_cut ? ceil_div(kBlockColumns, taps * kWordBits) * kWordBits : all_channels;
+  const int64_t block_cols = std::min(block, all_channels) * taps;
+  const int64_t tiles = ceil_div(part.tokens.size(), kernels.tokens);
+  const int64_t panels_at_once = std::clamp<int64_t>(
+      kPanelsFloats / (block_cols * kPanelRows + 1), 1, ceil_div(part.rows.size(), kPanelRows));
+  const int64_t rows_at_once = panels_at_once * kPanelRows;
+  const int64_t tile_sums = kernels.tokens * kPanelRows;
+  const Buffer panels(rows_at_once * block_cols);
+  const Buffer patches(p.patches ? kernels.tokens * block_cols : 0);
+  const Buffer sums(tile_sums * (is_cut ? tiles * panels_at_once : 1));
+  std::vector<int64_t> places;
 
-  for (int64_t first = part.row_begin; first < part.row_end; first += rows_at_once) {
-    const int64_t end = std::min(first + rows_at_once, part.row_end);
-    for (int64_t row = first; row < end; row += kPanelRows) {
-      const int64_t count = std::min(kPanelRows, end - row);
-      decode({p.values, p.period, sizeof(float), p.words, p.cols, row, row + count, decoded.data(),
-                 taps, kPadding},
-          {isa, serial});
-      std::fill_n(decoded.data() + count * decoded_row, (kPanelRows - count) * decoded_row, 0.0f);
-      kernels.transpose(decoded.data(), p.cols, &panels[(row - first) * p.cols]);
+  const auto fill_panels = [&](const Interval& rows, const Interval& channels) {
+    const int64_t cols = channels.size() * taps, first = channels.begin * taps;
+    if (taps > 1 && cols != static_cast<int64_t>(places.size())) {
+      places.resize(cols);
+      for (int64_t col = 0; col < cols; ++col)
+        places[col] = col % taps * channels.size() + col / taps;
     }
-    for (int64_t token = part.token_begin; token < part.token_end; token += kernels.tokens) {
-      const int64_t count = std::min(kernels.tokens, part.token_end - token);
+    for (int64_t row = rows.begin; row < rows.end; row += kPanelRows) {
+      Rows from{{}, {}, cols, taps > 1 ? places.data() : nullptr};
+      for (int64_t i = 0; i < kPanelRows; ++i) { // the last again for those that are not there
+        const int64_t at = std::min(row + i, rows.end - 1);
+        from.values[i] = windows.at(at * p.cols % p.period) + first;
+        from.words[i] = p.words + at * words_per_row(p.cols) + first / kWordBits;
+      }
+      kernels.fill(from, &panels[(row - rows.begin) * cols]);
+    }
+  };
+
+  const auto multiply = [&](const Interval& rows, const Interval& channels) {
+    const int64_t cols = channels.size() * taps;
+    float* sum = sums.data();
+    for (int64_t token = part.tokens.begin; token < part.tokens.end; token += kernels.tokens) {
+      const int64_t count = std::min(kernels.tokens, part.tokens.end - token);
       if (p.patches)
-        p.patches.copy(p.x, token, count, patches.data(), p.cols);
-      const float* const from = p.patches ? patches.data() : p.x + token * p.cols;
+        p.patches.copy(p.x, {token, token + count}, channels, patches.data(), cols);
       const float* x[kMostTokens]; // the last again for those that are not there
-      for (int64_t t = 0; t < kernels.tokens; ++t)
-        x[t] = from + std::min(t, count - 1) * p.cols;
-      for (int64_t row = first; row < end; row += kPanelRows) {
-        kernels.multiply(&panels[(row - first) * p.cols], x, p.cols, sums);
-        kernels.store(p, token, count, row, sums);
+      for (int64_t t = 0; t < kernels.tokens; ++t) {
+        const int64_t at = std::min(t, count - 1);
+        x[t] = p.patches ? &patches[at * cols] : p.x + (token + at) * p.cols + channels.begin;
+      }
+      for (int64_t row = rows.begin; row < rows.end; row += kPanelRows) {
+        if (channels.begin == 0)
+          std::fill_n(sum, tile_sums, 0.0f);
+        kernels.multiply(&panels[(row - rows.begin) * cols], x, cols, sum);
+        if (channels.end == all_channels)
+          kernels.store(p, token, count, row, sum);
+        sum += is_cut ? tile_sums : 0; // where they wait for the next block
       }
     }
+  };
+
+  for (int64_t row = part.rows.begin; row < part.rows.end; row += rows_at_once) {
+    const Interval rows{row, std::min(row + rows_at_once, part.rows.end)};
+    Interval channels{0, 0};
+    do { // once even where there are none: the bias remains
+      channels = {channels.end, std::min(channels.end + block, all_channels)};
+      fill_panels(rows, channels);
+      multiply(rows, channels);
+    } while (channels.end < all_channels);
   }
 }
 
 } // namespace
 
 void panel_linear(const PanelLinear& p, const Exec& exec) {
-  constexpr int64_t kGrain = 1 << 17;     // products worth waking a thread for
-  constexpr int64_t kManyTokens = 1 << 9; // of each thread, worth decoding the weight for
-  const Kernels& kernels = MK_BY_ISA(exec.isa, kKernels);
-  const int64_t products = std::max<int64_t>(p.cols, 1), threads = exec.parallel.threads();
-  const int64_t panels = ceil_div(p.rows, kPanelRows), tiles = ceil_div(p.tokens, kernels.tokens);
+  constexpr int64_t kGrain = 1 << 17;        // products worth waking a thread for
+  constexpr int64_t kManyTokens = 1 << 9;    // of each thread, worth decoding the weight for
+  constexpr int64_t kTokensAtOnce = 1 << 11; // whose sums may wait; the next decode it anew
   if (p.tokens * p.rows == 0)
     return;
+  const Kernels& kernels = MK_BY_ISA(exec.isa, kKernels);
+  const RowWindows<float> windows(p.values, p.period, p.rows, p.cols);
+  const int64_t products = std::max<int64_t>(p.cols, 1), threads = exec.parallel.threads();
+  const int64_t panels = ceil_div(p.rows, kPanelRows), tiles = ceil_div(p.tokens, kernels.tokens);
+  const auto multiply = [&](const Interval& rows, const Interval& tokens) {
+    for (int64_t token = tokens.begin; token < tokens.end; token += kTokensAtOnce)
+      multiply_part(
+          p, windows, kernels, {rows, {token, std::min(token + kTokensAtOnce, tokens.end)}});
+  };
   if (p.tokens >= kManyTokens * threads || panels < threads)
     exec.parallel.run(0, tiles, ceil_div(kGrain, products * p.rows * kernels.tokens),
         [&](int64_t begin, int64_t end) {
-          multiply_part(p, kernels, exec.isa,
-              {0, p.rows, begin * kernels.tokens, std::min(end * kernels.tokens, p.tokens)});
+          multiply({0, p.rows}, {begin * kernels.tokens, std::min(end * kernels.tokens, p.tokens)});
         });
   else
     exec.parallel.run(0, panels, ceil_div(kGrain, products * p.tokens * kPanelRows),
         [&](int64_t begin, int64_t end) {
-          multiply_part(p, kernels, exec.isa,
-              {begin * kPanelRows, std::min(end * kPanelRows, p.rows), 0, p.tokens});
+          multiply({begin * kPanelRows, std::min(end * kPanelRows, p.rows)}, {0, p.tokens});
         });
 }
 

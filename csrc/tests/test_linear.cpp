@@ -108,6 +108,12 @@ void test_patches(const Exec& exec, int64_t channels, int64_t rows, Random& rand
                      p.tokens, rows, shape.cols, y.data(), {}, patches},
       exec);
   p.check(y, exec);
+
+  y.assign(y.size(), NAN);
+  panel_linear({images.data(), p.values.data(), shape.cols, p.words.data(), nullptr, p.scale,
+                   p.tokens, rows, shape.cols, y.data(), {}, patches},
+      exec);
+  p.check(y, exec);
 }
 
 void test_compact(const Exec& exec, int64_t tokens, Shape shape, bool has_bias, Random& random) {
@@ -180,7 +186,7 @@ int main() {
           for (const int64_t period :
               {int64_t{1}, cols % 2 ? cols : cols / 2, cols, 2 * cols, 7 * cols, 200 * cols})
             test_aligned(exec, tokens, {rows, cols}, period, tokens % 2 == 0, random);
-    for (const int64_t channels : {1, 5, 32, 70})
+    for (const int64_t channels : {1, 5, 32, 70, 200}) // of 200, panels take two blocks
       for (const int64_t rows : {1, 16, 37})
         test_patches(exec, channels, rows, random);
     // Several column blocks; nothing.
@@ -193,9 +199,10 @@ int main() {
         for (const int64_t tokens : {1, 5, 6, 13})
           for (const int64_t period : {int64_t{3}, cols, cols + 1, rows * cols})
             test_panels(exec, tokens, {rows, cols}, period, tokens % 2 == 0, random);
-    // Panels in several turns, each thread decoding all of them; nothing.
+    // Panels in several turns, each thread decoding all of them, tokens in several turns; nothing.
     test_panels(exec, 9, {200, 1300}, 4000, true, random);
     test_panels(exec, 400, {40, 5000}, 777, false, random);
+    test_panels(exec, 6500, {40, 1057}, 777, true, random);
     for (const Shape empty : {Shape{0, 5}, Shape{4, 0}, Shape{4, 5}})
       test_panels(exec, empty.cols == 5 && empty.rows == 4 ? 0 : 3, empty, 7, true, random);
     // Several column blocks, many rows, few rows with many tokens, a walk with a stride.

@@ -79,7 +79,6 @@ struct Decode {
   int64_t row_begin, row_end;
   void* out;
   int64_t taps = 1;
-  int64_t padding = 0; // elements between the rows of out
 };
 void decode(const Decode& params, const Exec& exec);
 
@@ -151,6 +150,12 @@ constexpr int64_t kTileColumns = 30;
 void aligned_tiles(const uint32_t* words, Shape shape, int64_t patterns, int64_t taps,
     uint32_t* tiles, const Exec& exec);
 
+struct Interval {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+};
+
 // What a convolution of images [B, height, width, channels] multiplies: for each output pixel a
 // patch [kernel_h, kernel_w, channels], 0 where there is no input.
 struct Patches {
@@ -161,8 +166,9 @@ struct Patches {
   int64_t floats() const { return kernel_h * kernel_w * channels; }
   int64_t per_image() const { return out_height * out_width; }
 
-  // to [count, stride] = patches [first, first + count)
-  void copy(const float* images, int64_t first, int64_t count, float* to, int64_t stride) const;
+  // to [tokens, stride] = some channels of some patches
+  void copy(const float* images, const Interval& tokens, const Interval& of, float* to,
+      int64_t stride) const;
 };
 
 // As masked_linear, for a period that divides K (patterns = 1) or is patterns * K.

@@ -92,23 +92,24 @@ MK_INLINE void store_body(
 }
 
 struct Kernels {
-  int64_t tokens; // at once
   Fill fill;
-  Multiply multiply;
   Store store;
+  int64_t tokens; // most at once
+  Multiply by_tokens[kMostTokens];
 };
 
 namespace scalar {
 void fill(const Rows& rows, float* panel) {
   fill_body(rows, 0, panel);
 }
+template <int kTokens>
 void multiply(const float* panel, const float* const* x, int64_t cols, float* sums) {
-  multiply_body<4, 2>(panel, x, cols, sums);
+  multiply_body<4, kTokens>(panel, x, cols, sums);
 }
 void store(const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
   store_body<4>(p, token, count, row, sums);
 }
-constexpr Kernels kKernels = {2, fill, multiply, store};
+constexpr Kernels kKernels = {fill, store, 2, {multiply<1>, multiply<2>}};
 } // namespace scalar
 
 #if MK_X86
@@ -162,25 +163,30 @@ MK_AVX2 void fill(const Rows& rows, float* panel) {
       fill_columns<true>(rows, first, panel);
   fill_body(rows, rows.cols / 4 * 4, panel);
 }
+template <int kTokens>
 MK_AVX2 void multiply(const float* panel, const float* const* x, int64_t cols, float* sums) {
-  multiply_body<8, 6>(panel, x, cols, sums);
+  multiply_body<8, kTokens>(panel, x, cols, sums);
 }
 MK_AVX2 void store(
     const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
   store_body<8>(p, token, count, row, sums);
 }
-constexpr Kernels kKernels = {6, fill, multiply, store};
+constexpr Kernels kKernels = {
+    fill, store, 6, {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>}};
 } // namespace avx2
 
 namespace avx512 {
+template <int kTokens>
 MK_AVX512 void multiply(const float* panel, const float* const* x, int64_t cols, float* sums) {
-  multiply_body<16, 12>(panel, x, cols, sums);
+  multiply_body<16, kTokens>(panel, x, cols, sums);
 }
 MK_AVX512 void store(
     const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
   store_body<16>(p, token, count, row, sums);
 }
-constexpr Kernels kKernels = {12, avx2::fill, multiply, store};
+constexpr Kernels kKernels = {avx2::fill, store, 12,
+    {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>, multiply<7>,
+        multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>}};
 } // namespace avx512
 #endif
 
@@ -225,22 +231,22 @@ void multiply_part(const PanelLinear& p, const RowWindows<float>& windows, const
     }
   };
 
-  const auto multiply = [&](const Interval& rows, const Interval& channels) {
+  const auto multiply_block = [&](const Interval& rows, const Interval& channels) {
     const int64_t cols = channels.size() * taps;
     float* sum = sums.data();
-    for (int64_t token = part.tokens.begin; token < part.tokens.end; token += kernels.tokens) {
-      const int64_t count = std::min(kernels.tokens, part.tokens.end - token);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t token = part.tokens.begin + part.tokens.size() * tile / tiles;
+      const int64_t count = part.tokens.begin + part.tokens.size() * (tile + 1) / tiles - token;
       if (p.patches)
         p.patches.copy(p.x, {token, token + count}, channels, patches.data(), cols);
-      const float* x[kMostTokens]; // the last again for those that are not there
-      for (int64_t t = 0; t < kernels.tokens; ++t) {
-        const int64_t at = std::min(t, count - 1);
-        x[t] = p.patches ? &patches[at * cols] : p.x + (token + at) * p.cols + channels.begin;
-      }
+      const float* x[kMostTokens];
+      for (int64_t t = 0; t < count; ++t)
+        x[t] = p.patches ? &patches[t * cols] : p.x + (token + t) * p.cols + channels.begin;
+      const Multiply multiply = kernels.by_tokens[count - 1];
       for (int64_t row = rows.begin; row < rows.end; row += kPanelRows) {
         if (channels.begin == 0)
-          std::fill_n(sum, tile_sums, 0.0f);
-        kernels.multiply(&panels[(row - rows.begin) * cols], x, cols, sum);
+          std::fill_n(sum, count * kPanelRows, 0.0f);
+        multiply(&panels[(row - rows.begin) * cols], x, cols, sum);
         if (channels.end == all_channels)
           kernels.store(p, token, count, row, sum);
         sum += is_cut ? tile_sums : 0; // where they wait for the next block
@@ -254,7 +260,7 @@ void multiply_part(const PanelLinear& p, const RowWindows<float>& windows, const
     do { // once even where there are none: the bias remains
       channels = {channels.end, std::min(channels.end + block, all_channels)};
       fill_panels(rows, channels);
-      multiply(rows, channels);
+      multiply_block(rows, channels);
     } while (channels.end < all_channels);
   }
 }

@@ -159,6 +159,34 @@ def test_numbers_may_change_in_place(kind: str) -> None:
             assert torch.equal(y, mk.masked_linear(X, weight, fresh(mask)))
 
 
+@pytest.mark.parametrize("size", [9, 33])  # few pixels, and many
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("period", [18, 25, 4 * 2 * 3 * 3])
+def test_numbers_of_a_convolution_may_change_in_place(
+    period: int, channels_last: bool, size: int, conv_mask: mk.PackedMask
+) -> None:
+    prototype, bias, scale = mk.Prototype(torch.randn(period)), torch.randn(4), torch.tensor(0.5)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 2, size, size).contiguous(memory_format=layout)
+    values = prototype.values
+    assert isinstance(values, Tensor)
+    seen: list[Tensor] = []
+    for change in (
+        lambda: None,
+        lambda: values.mul_(-3),
+        lambda: scale.mul_(2),
+        lambda: bias.mul_(2),
+        lambda: conv_mask.words.copy_(mk.TopK()(torch.randn(4, 2, 3, 3)).words),
+    ):
+        change()
+        for _ in range(3):  # remembered, bound, run
+            y = mk.masked_conv2d(x, prototype, conv_mask, bias, scale=scale)
+            other = fresh(conv_mask)
+            assert torch.equal(y, mk.masked_conv2d(x, prototype, other, bias, scale=scale))
+        assert all(not torch.equal(y, before) for before in seen)
+        seen.append(y)
+
+
 def test_what_autograd_and_autocast_need_is_done(mask: mk.PackedMask) -> None:
     bias = torch.randn(N)
 

@@ -32,6 +32,7 @@ from .bits import (
 )
 from .compact import compact_linear
 from .conv2d import (
+    bind_masked_conv2d,
     masked_conv2d,
     masked_conv2d_grad_weight,
     masked_conv2d_grad_x,
@@ -57,6 +58,7 @@ from .plan import bounds_of, linear_decision
 _DTYPES = (torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.float64, torch.bool)
 _BIND: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
     "masked_linear": bind_masked_linear,
+    "masked_conv2d": bind_masked_conv2d,
     "masked_conv2d_chain": bind_masked_conv2d_chain,
 }
 _FLOAT32_ONLY = ("gelu_", "masked_conv2d_fused", "masked_conv2d_chain")

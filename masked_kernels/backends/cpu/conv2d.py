@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,12 @@ from .linear import masked_linear, masked_linear_grad_x
 from .panels import panel_linear
 from .plan import linear_plan
 
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Values, words, bias, scale."""
+Run = Callable[[Tensor], Tensor]
+
 _MANY_CHANNELS = 16  # worth copying at once
+_MOST_KEPT = 1 << 20  # weights, 4 MiB of float32
 MANY_PIXELS = 1024  # 256 pixels favour the matrix product 1.5 times, 25,088 the convolution 1.2
 
 
@@ -34,31 +40,93 @@ def masked_conv2d(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    memory_format = conv_memory_format(x)
+    operands = values, words, bias, scale
+    geometry = kernel_size, stride, padding, dilation, groups
+    run = _without_library(x, operands, geometry)
+    return _by_library(x, operands, geometry)(x) if run is None else run(x)
+
+
+def bind_masked_conv2d(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    *geometry: Any,
+) -> Run:
+    """``masked_conv2d`` of tensors like x, the kernel chosen. Where that is the library's, it keeps
+    the decoded weight of a prototype, unless it is large: after a convolution has emptied the
+    caches, the few instructions that decode it anew take up to 4 % of the next.
+    """
+    operands = values, words, bias, scale
+    run = _without_library(x, operands, geometry)
+    if run is not None:
+        return run
+    sources = [t for t in (values, scale) if t is not None]
+    count = words.shape[0] * x.shape[1] // geometry[4] * math.prod(geometry[0])
+    # A dense weight may be trained, and through ``data``, where no version would tell.
+    is_kept = values.numel() < count <= _MOST_KEPT
+    if not is_kept or any(t.is_inference() for t in sources):  # those have no version at all
+        return lambda x: _by_library(x, operands, geometry)(x)
+    versions: list[int] = []
+
+    def by_kept(x: Tensor) -> Tensor:
+        nonlocal run, versions
+        now = [t._version for t in sources]
+        if run is None or versions != now:
+            run, versions = _by_library(x, operands, geometry, keeps=True), now
+        return run(x)
+
+    return by_kept
+
+
+def _without_library(x: Tensor, operands: Operands, geometry: tuple[Any, ...]) -> Run | None:
+    """``masked_conv2d`` by a kernel of ours; None where the library's convolution is faster, or can
+    do what no product of ours can.
+    """
+    values, words, bias, scale = operands
+    kernel_size, stride, padding, dilation, groups = geometry
+    rows, period = words.shape[0], values.numel()
     is_pointwise = _is_pointwise(x, kernel_size, stride, padding, groups)
-    if is_pointwise and not _is_for_library(x, words.shape[0], values.numel()):
-        y = masked_linear(_as_tokens(x), values, words, bias, scale)
-        return _as_image(y, x).contiguous(memory_format=torch.channels_last)
-    size = (words.shape[0], x.shape[1] // groups, *kernel_size)
-    if is_depthwise(x, size, stride, dilation, groups):
-        return depthwise(x, values, words, bias, scale, kernel_size, padding)
-    geometry = [*kernel_size, *stride, *padding, *dilation]
-    multiply = _product(x, values, words, geometry, groups)
-    if multiply is not None:
-        tokens = multiply(as_pixels(x), values, words, bias, scale, geometry)
-        spatial = out_size(x.shape[2:], geometry)
-        return tokens.view(x.shape[0], *spatial, -1).permute(0, 3, 1, 2)
-    weight = _conv_weight(x, values, words, scale, x.shape[1] // groups, kernel_size)
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return y.contiguous(memory_format=memory_format)
+    if is_pointwise and not _is_for_library(x, rows, period):
+
+        def pointwise(x: Tensor) -> Tensor:
+            y = masked_linear(_as_tokens(x), values, words, bias, scale)
+            return _as_image(y, x).contiguous(memory_format=torch.channels_last)
+
+        return pointwise
+    if is_depthwise(x, (rows, x.shape[1] // groups, *kernel_size), stride, dilation, groups):
+        return lambda x: depthwise(x, values, words, bias, scale, kernel_size, padding)
+    flat = [*kernel_size, *stride, *padding, *dilation]
+    multiply = _product(x, values, words, flat, groups)
+    if multiply is None:
+        return None
+    height, width = out_size(x.shape[2:], flat)
+
+    def of_patches(x: Tensor) -> Tensor:
+        tokens = multiply(as_pixels(x), values, words, bias, scale, flat)
+        return tokens.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+
+    return of_patches
+
+
+def _by_library(
+    x: Tensor, operands: Operands, geometry: tuple[Any, ...], keeps: bool = False
+) -> Run:
+    """The library's convolution with the weight decoded: for one call, or to keep."""
+    values, words, bias, scale = operands
+    kernel_size, *rest = geometry
+    memory_format = conv_memory_format(x)
+    weight = _conv_weight(x, values, words, scale, x.shape[1] // geometry[4], kernel_size)
+    if keeps:
+        weight = weight.clone()
+    return lambda x: F.conv2d(x, weight, bias, *rest).contiguous(memory_format=memory_format)
 
 
 def _product(
     x: Tensor, values: Tensor, words: Tensor, geometry: Geometry, groups: int
 ) -> Callable[..., Tensor] | None:
-    """What multiplies the patches of an image; None where the library's convolution is faster, or
-    can do what no product of ours can.
-    """
+    """What multiplies the patches of an image; None for the library's convolution."""
     if (
         conv_memory_format(x) != torch.channels_last
         or groups != 1

@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kMostTokens = 12;
 constexpr int64_t kPanelsFloats = 1 << 16; // of panels that are multiplied in turn
-constexpr int64_t kSumsFloats = 1 << 18;   // of tokens that pass in turn, where blocks add up
 constexpr int64_t kBlockColumns = 1 << 9;  // about so many at once of rows of more than twice these
 // Columns that one running sum takes. A total of short sums rounds less than a long sum.
 constexpr int64_t kRun = 64;

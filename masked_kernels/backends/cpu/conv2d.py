@@ -68,14 +68,14 @@ def bind_masked_conv2d(
     is_kept = values.numel() < count <= _MOST_KEPT
     if not is_kept or any(t.is_inference() for t in sources):  # those have no version at all
         return lambda x: _by_library(x, operands, geometry)(x)
-    versions: list[int] = []
+    kept: tuple[list[int], Run] | None = None
 
     def by_kept(x: Tensor) -> Tensor:
-        nonlocal run, versions
-        now = [t._version for t in sources]
-        if run is None or versions != now:
-            run, versions = _by_library(x, operands, geometry, keeps=True), now
-        return run(x)
+        nonlocal kept
+        versions = [t._version for t in sources]
+        if kept is None or kept[0] != versions:
+            kept = versions, _by_library(x, operands, geometry, keeps=True)
+        return kept[1](x)
 
     return by_kept
 

@@ -5,6 +5,7 @@ as a small layer. They depend on everything but the numbers. So a mask remembers
 was made with it, and the next one that differs in the numbers alone goes to the kernel at once.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,25 +18,33 @@ from .backends import AUTO, bind, requested
 from .mask import PackedMask
 from .prototype import Prototype
 
-Key = tuple[Any, ...]
-
 _TENSORS = (Tensor, nn.Parameter)
 _OPTIONAL_TENSORS = (*_TENSORS, type(None))
 
 
 @dataclass(slots=True)
 class BoundCall:
-    """The call of ``key``: its op takes x and ``operands``. ``run`` takes x alone, from the second
-    call on. ``alive`` are the objects whose ids are in the key.
+    """A call that was right: its op, what checks and choices depend on, and the op's ``operands``
+    besides x. ``run`` takes x alone, from the second call on.
     """
 
-    key: Key
+    op: str
+    backend: str
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    weight: Tensor | Prototype
+    values: Tensor
+    bias: Tensor | None
+    scale: object
+    words_version: int
+    geometry: object
     operands: tuple[Any, ...]
-    alive: tuple[object, ...]
     run: Callable[[Tensor], Tensor] | None = None
 
 
-def key_of(
+def repeat(
     op: str,
     x: Tensor,
     weight: Tensor | Prototype,
@@ -44,55 +53,106 @@ def key_of(
     scale: object,
     backend: str | None,
     geometry: object = None,
-) -> Key | None:
-    """What checks and choices depend on; None for a call that a compiler, a mode, a
-    transform, autocast or autograd needs to see, or whose arguments are not of the usual types.
-    """
+) -> Tensor | None:
+    """The op's result, if the call is like the one before."""
+    if torch.compiler.is_compiling() or type(mask) is not PackedMask:
+        return None
+    # The cheap questions first: on a small layer each costs a hundredth of the time.
+    call: BoundCall | None = mask._bound
     if (
-        _ops.is_watched()
+        call is None
+        or call.weight is not weight
+        or call.bias is not bias
+        or call.scale is not scale
+        or call.op != op
+        or call.geometry != geometry
+        or call.backend != requested(backend or AUTO)
+        or type(x) not in _TENSORS
+        or call.dtype != x.dtype
+        or call.shape != x.shape
+        or call.stride != x.stride()
+        or call.device != x.device
+        or call.words_version != mask.words._version
+        or call.values is not _values(weight)
+        or _needs_more(x, call.values, bias)
+    ):
+        return None
+    if call.run is None:
+        call.run = _bind(call, x)
+    return call.run(x)
+
+
+def remember(
+    operands: tuple[Any, ...],
+    op: str,
+    x: Tensor,
+    weight: Tensor | Prototype,
+    mask: PackedMask,
+    bias: Tensor | None,
+    scale: object,
+    backend: str | None,
+    geometry: object = None,
+) -> None:
+    """A call that was right, unless no other may be made like it; ``operands`` are its op's besides
+    x.
+    """
+    values, words = _values(weight), mask.words
+    if (
+        values is None
         or type(mask) is not PackedMask
         or type(x) not in _TENSORS
+        or type(values) not in _TENSORS
         or type(bias) not in _OPTIONAL_TENSORS
         or not (x.is_cpu or x.is_cuda)
-        or torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")  # a device's type takes a µs
+        or words.is_inference()  # has no version
+        or _needs_more(x, values, bias)
     ):
-        return None
-    # A module's own look-up of a buffer takes a microsecond.
-    values = weight._buffers["values"] if isinstance(weight, Prototype) else weight
-    words = mask.words
-    if values is None or type(values) not in _TENSORS or words.is_inference():  # has no version
-        return None
-    if torch.is_grad_enabled() and (
-        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return None
-    return (
+        return
+    mask._bound = BoundCall(
         op,
         requested(backend or AUTO),
         x.shape,
         x.stride(),
         x.dtype,
         x.device,
-        id(values),
+        weight,
+        values,
+        bias,
+        scale,
         words._version,
-        id(bias),
-        id(scale),
         geometry,
+        operands,
     )
 
 
-def repeat(mask: PackedMask, key: Key, x: Tensor) -> Tensor | None:
-    """The op's result, if the call is like the one before; x is as the op takes it."""
-    call: BoundCall | None = mask._bound
-    if call is None or call.key != key:
-        return None
-    if call.run is None:
-        op, backend = call.key[:2]
-        call.run = bind(op, backend, x, *call.operands)
-    return call.run(x)
+def _bind(call: BoundCall, x: Tensor) -> Callable[[Tensor], Tensor]:
+    if call.op == "masked_conv2d" or x.dim() == 2:
+        return bind(call.op, call.backend, x, *call.operands)
+    *lead, cols = x.shape
+    tokens = (math.prod(lead), cols)
+    run = bind(call.op, call.backend, x.reshape(tokens), *call.operands)
+
+    def run_tokens(x: Tensor) -> Tensor:
+        y: Tensor = run(x.reshape(tokens))
+        return y.view(*lead, y.shape[1])
+
+    return run_tokens
 
 
-def remember(mask: PackedMask, key: Key | None, operands: tuple[Any, ...], *alive: object) -> None:
-    """A call that was right; ``operands`` are the op's besides x."""
-    if key is not None:
-        mask._bound = BoundCall(key, operands, alive)
+def _values(weight: Tensor | Prototype) -> Tensor | None:
+    # A module's own look-up of a buffer takes a microsecond.
+    return weight._buffers["values"] if isinstance(weight, Prototype) else weight
+
+
+def _needs_more(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
+    """Whether a mode, a transform, autocast or autograd needs to see the call."""
+    return (
+        _ops.is_watched()
+        or torch._C._is_any_autocast_enabled()
+        or (
+            torch.is_grad_enabled()
+            and (
+                x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+            )
+        )
+    )

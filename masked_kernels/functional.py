@@ -61,9 +61,9 @@ def masked_linear(
         ``[..., N]``, dtype of x (or of autocast). Differentiable once in x, bias and a dense
         weight.
     """
-    key = _bound.key_of("masked_linear", x, weight, mask, bias, scale, backend)
-    if key and (again := _bound.repeat(mask, key, _tokens(x))) is not None:
-        return _restore(again, x)
+    call = ("masked_linear", x, weight, mask, bias, scale, backend)
+    if (again := _bound.repeat(*call)) is not None:
+        return again
     x, values, bias = _autocast(x, weight, bias)
     check_type("mask", mask, PackedMask)
     check_linear(x, values, "mask", mask.shape)
@@ -72,7 +72,7 @@ def masked_linear(
     operands = (values, mask.words, bias, _scale(scale, x))
     run = MaskedLinear.apply if _wants_grad(x, values, bias) else _ops.masked_linear
     y: Tensor = run(_tokens(x), *operands, backend or AUTO)
-    _bound.remember(mask, key, operands, scale)
+    _bound.remember(operands, *call)
     return _restore(y, x)
 
 
@@ -136,9 +136,9 @@ def compact_linear(
     Returns:
         ``[..., N]``. Raises ``RuntimeError`` where a gradient would be wanted.
     """
-    key = _bound.key_of("compact_linear", x, kept, mask, bias, scale, backend)
-    if key and (again := _bound.repeat(mask, key, _tokens(x))) is not None:
-        return _restore(again, x)
+    call = ("compact_linear", x, kept, mask, bias, scale, backend)
+    if (again := _bound.repeat(*call)) is not None:
+        return again
     x, values, bias = _autocast(x, kept, bias)
     if values.dim() != 1:
         raise ValueError(f"kept: got shape {tuple(values.shape)}, expected 1 dimension")
@@ -153,7 +153,7 @@ def compact_linear(
         )
     operands = (values, mask.words, bias, _scale(scale, x))
     y = _ops.compact_linear(_tokens(x), *operands, backend or AUTO)
-    _bound.remember(mask, key, operands, scale)
+    _bound.remember(operands, *call)
     return _restore(y, x)
 
 
@@ -186,8 +186,8 @@ def masked_conv2d(
         weight.
     """
     asked = (stride, padding, dilation, groups)
-    key = _bound.key_of("masked_conv2d", x, weight, mask, bias, scale, backend, asked)
-    if key and (again := _bound.repeat(mask, key, x)) is not None:
+    call = ("masked_conv2d", x, weight, mask, bias, scale, backend, asked)
+    if (again := _bound.repeat(*call)) is not None:
         return again
     x, values, bias = _autocast(x, weight, bias)
     check_type("mask", mask, PackedMask)
@@ -201,7 +201,7 @@ def masked_conv2d(
     else:
         y = _ops.masked_conv2d(batch, *operands, *geometry, backend or AUTO)
     if batch is x:  # else the op took another tensor
-        _bound.remember(mask, key, (*operands, *geometry), scale)
+        _bound.remember((*operands, *geometry), *call)
     return y if x.dim() == 4 else y.squeeze(0)
 
 

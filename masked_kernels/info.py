@@ -17,7 +17,7 @@ ENVIRONMENT = {
     ENVIRONMENT_VARIABLE: "backend to use where a call names none",
     "MASKED_KERNELS_CPU_ISA": "instruction set of the CPU kernels: avx512, avx2 or scalar",
 }
-"""Environment variables that the package reads when it runs, and what each sets."""
+"""Environment variables that the package reads, and what each sets."""
 
 
 def gather() -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Backend choice: what was asked for runs or says why not; only the automatic choice moves on."""
 
 import logging
+import os
+import subprocess
 import sys
+import textwrap
 import types
 
 import pytest
@@ -49,21 +52,44 @@ def test_order_and_reasons() -> None:
     assert all(reason is None or isinstance(reason, str) for reason in mk.backends().values())
 
 
-def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert requested() == "auto"
-    monkeypatch.setenv("MASKED_KERNELS_BACKEND", "reference")
-    assert requested() == "reference"
-    monkeypatch.setenv("MASKED_KERNELS_BACKEND", "cpu")
-    with use_backend("reference"):
-        assert requested() == "reference"
-        assert requested("cpu") == "cpu"
+@pytest.mark.parametrize("environment", ["", "reference"])
+def test_precedence(environment: str) -> None:
+    printed = run_with_environment(
+        environment,
+        """
+        from masked_kernels.backends import requested, use_backend
+        print(requested(), requested("cpu"))
         with use_backend("auto"):
-            assert requested() == "cpu"
-        assert requested() == "reference"
-    assert requested() == "cpu"
-    monkeypatch.setenv("MASKED_KERNELS_BACKEND", "fast")
-    with pytest.raises(ValueError, match="backend: got 'fast', expected one of auto"):
-        _ops.masked_linear(*ARGUMENTS, "auto")
+            print(requested())
+            with use_backend("cpu"):
+                print(requested(), requested("reference"))
+            print(requested())
+        print(requested())
+        """,
+    ).stdout
+    first = environment or "auto"
+    assert printed.split() == [first, "cpu", "auto", "cpu", "reference", "auto", first]
+
+
+def test_an_unknown_name_in_the_environment_is_told() -> None:
+    failed = run_with_environment(
+        "fast",
+        """
+        import torch, masked_kernels as mk
+        mk.TopK()(torch.ones(2, 2))
+        """,
+    )
+    assert "backend: got 'fast', expected one of auto" in failed.stderr
+
+
+def run_with_environment(value: str, code: str) -> subprocess.CompletedProcess[str]:
+    """The variable is read once, at import."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "MASKED_KERNELS_BACKEND": value},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_use_backend_is_undone_after_an_error() -> None:

@@ -26,7 +26,7 @@ _log = logging.getLogger("masked_kernels")
 
 # Process-wide rather than a ContextVar: autograd runs the backward of a GPU graph in threads of its
 # own, and those must obey too.
-_requested = AUTO
+_requested = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
 
 
 class BackendError(RuntimeError):
@@ -52,8 +52,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every op of the ``with`` block on one backend; ``"auto"`` restores the automatic choice.
 
     The setting belongs to the process, threads included. A ``backend=`` argument beats it; it beats
-    the environment variable ``MASKED_KERNELS_BACKEND``. Raises ``ValueError`` for an unknown name
-    and ``BackendError`` for one that is unavailable here.
+    the environment variable ``MASKED_KERNELS_BACKEND``, which is read at import. Raises
+    ``ValueError`` for an unknown name and ``BackendError`` for one that is unavailable here.
     """
     global _requested
     check_name(name)
@@ -73,14 +73,7 @@ def check_name(name: str) -> None:
 
 def requested(argument: str = AUTO) -> str:
     """The name in force: the argument, else ``use_backend``, else the environment, else auto."""
-    if argument != AUTO:
-        name = argument
-    elif _requested != AUTO:
-        name = _requested
-    else:
-        name = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
-    check_name(name)
-    return name
+    return _requested if argument == AUTO else argument
 
 
 def select(op: str, argument: str, *args: Any) -> Callable[..., Any]:
@@ -107,6 +100,7 @@ def choose(op: str, argument: str, *args: Any) -> str:
     One asked for by name that cannot run it raises ``BackendError``.
     """
     name = requested(argument)
+    check_name(name)
     if name != AUTO:
         if reason := why_not(name, op, *args):
             raise BackendError(f"backend {name!r} cannot run {op}: {reason}")

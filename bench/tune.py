@@ -1,4 +1,5 @@
-"""``python -m bench tune``: time every plan of ``masked_linear`` and fit the bounds between them.
+"""``python -m bench tune``: time every plan of ``masked_linear`` and of ``compact_linear`` and fit
+the bounds between them.
 
 The bounds of this machine's instruction set in ``masked_kernels/backends/cpu/plans.json`` become
 those whose choices take the least time over the grid, in geometric mean. ``--backend triton`` does
@@ -21,10 +22,12 @@ import torch
 import masked_kernels as mk
 from masked_kernels.backends import why_unavailable
 from masked_kernels.backends.cpu._native import isa
+from masked_kernels.backends.cpu.compact import COMPACT
 from masked_kernels.backends.cpu.linear import LINEAR
 from masked_kernels.backends.cpu.plan import (
     PLANS,
     Bounds,
+    Decision,
     bounds_of,
     linear_decision,
     row_patterns,
@@ -48,6 +51,10 @@ class Point:
     rows: int
     cols: int
     period: int
+    compact: bool = False
+
+    def decide(self, bounds: Bounds) -> Decision:
+        return linear_decision(*dataclasses.astuple(self)[:4], torch.float32, bounds, self.compact)
 
 
 Times = dict[Point, dict[str, float]]
@@ -57,13 +64,17 @@ Times = dict[Point, dict[str, float]]
 def grid(
     shapes: Iterable[tuple[int, int]] = SHAPES, tokens: Iterable[int] = TOKENS
 ) -> Iterator[Point]:
-    """For each shape the aligned periods, one that is not, and a dense weight; for each batch."""
+    """For each shape the aligned periods, one that is not, a dense weight, and half of that; for
+    each batch.
+    """
     for rows, cols in shapes:
         periods = [cols * (rows // each) for each in ROWS_PER_PATTERN if each < rows] + [cols]
         periods += [mk.prototype_period(rows * cols, UNALIGNED_RATIO), rows * cols]
         for period in periods:
             for batch in tokens:
                 yield Point(batch, rows, cols, period)
+        for batch in tokens:
+            yield Point(batch, rows, cols, rows * cols // 2, compact=True)
 
 
 def measure(points: Iterable[Point], seconds: float) -> Times:
@@ -72,13 +83,15 @@ def measure(points: Iterable[Point], seconds: float) -> Times:
     for point in points:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(point.tokens, point.cols, generator=generator)
-        words = masked_weight((point.rows, point.cols), None, False).mask.words
-        values = torch.randn(point.period, generator=generator)
+        mask = masked_weight((point.rows, point.cols), None, False).mask
+        plans = COMPACT if point.compact else LINEAR
+        count = mask.count() if point.compact else point.period
+        values = torch.randn(count, generator=generator)
         tasks = {
             plan: Task(
-                functools.partial(run, values=values, words=words, bias=None, scale=None), (x,)
+                functools.partial(run, values=values, words=mask.words, bias=None, scale=None), (x,)
             )
-            for plan, run in LINEAR.items()
+            for plan, run in plans.items()
             if plan != "aligned" or row_patterns(point.cols, point.period) is not None
         }
         timed = interleaved(tasks, seconds, warm_up=seconds)
@@ -93,7 +106,7 @@ def fit(times: Times) -> Bounds:
     best = Bounds()
     while True:
         better = best
-        for name, place in itertools.product(("aligned_rows", "direct_tokens"), range(3)):
+        for name, place in itertools.product(("aligned_rows", "direct_tokens"), range(4)):
             bounds = getattr(better, name)
             if place >= len(bounds):
                 continue
@@ -111,14 +124,9 @@ def cost(bounds: Bounds, times: Times) -> float:
     """Mean log of the chosen plan's time over that of the point's fastest: 0 if always right."""
     losses = []
     for point, seconds in times.items():
-        plan = _choice(bounds, point)
+        plan = point.decide(bounds).plan
         losses.append(math.log(seconds[plan] / min(seconds.values())))
     return sum(losses) / len(losses)
-
-
-def _choice(bounds: Bounds, point: Point) -> str:
-    sizes = (point.tokens, point.rows, point.cols, point.period)
-    return linear_decision(*sizes, torch.float32, bounds).plan
 
 
 def _with(values: tuple[Any, ...], place: int, value: Any) -> tuple[Any, ...]:
@@ -155,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{index}/{len(points)}", file=sys.stderr, flush=True)
     bounds = fit(times)
     for point, seconds in times.items():
-        plan = _choice(bounds, point)
+        plan = point.decide(bounds).plan
         fastest = min(seconds, key=seconds.__getitem__)
         if seconds[plan] > 1.1 * seconds[fastest]:
             print(f"{point}: {plan} takes {seconds[plan] / seconds[fastest]:.2f}x of {fastest}")

@@ -69,8 +69,21 @@ def test_linear_plan(tokens, rows, cols, period, dtype, isa, plan) -> None:
     ],
 )
 def test_decisions_say_why(sizes, dtype, decision) -> None:
-    bounds = Bounds(aligned_rows=(4, 16), direct_tokens=(32, 16, 2))
+    bounds = Bounds(aligned_rows=(4, 16), direct_tokens=(32, 16, 2, 8))
     assert linear_decision(*sizes, dtype, bounds) == decision
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "decision"),
+    [
+        (8, F32, ("direct", "tokens 8 ≤ 8")),
+        (9, F32, ("panels", "tokens 9 > 8")),
+        (1, BF16, ("panels", "a dense weight in torch.bfloat16")),
+    ],
+)
+def test_compact_weights_are_never_aligned(tokens, dtype, decision) -> None:
+    bounds = Bounds(aligned_rows=(4, 16), direct_tokens=(32, 16, 2, 8))
+    assert linear_decision(tokens, 64, 64, 64, dtype, bounds, compact=True) == decision
 
 
 def test_bounds_are_shipped_for_every_isa() -> None:

@@ -131,7 +131,7 @@ CASES = (
     *(MaskedLinear(n, k, b) for n, k in ((11008, 4096), (8192, 8192)) for b in (1, 8, 64)),
     MaskedLinear(1536, 512, VIT_TOKENS, layer="ViT-512 qkv"),
     *(MaskedLinear(n, n, b, ratio=None) for n in (1024, 4096) for b in (1, 8, 64)),
-    *(MaskedLinear(n, n, b, ratio=None, compact=True) for n in (1024, 4096) for b in (1, 8)),
+    *(MaskedLinear(n, n, b, ratio=None, compact=True) for n in (1024, 4096) for b in (1, 8, 64)),
 )
 """Layers of ViT-512 and of language models, and squares. Cases of one weight stand together."""
 

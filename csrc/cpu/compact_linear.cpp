@@ -1,6 +1,6 @@
 // y [M, N] = scale * x [M, K] (w . m)^T + bias from the kept weights alone: half the bytes of a
 // dense layer at half density. The bits say where each of them belongs.
-#include "target.h"
+#include "spread.h"
 #include "vector.h"
 
 #include "masked_kernels/kernels.h"
@@ -54,43 +54,6 @@ constexpr Kernels kKernels = {micro_kernel<1>, micro_kernel<2>, micro_kernel<3>,
 #if MK_X86
 namespace avx2 {
 
-constexpr int64_t kHalf = kLanes / 2;
-
-// By eight bits: where each lane's value stands among those kept. A lane whose bit is not set is
-// negative.
-struct Places {
-  alignas(32) int32_t of[1 << kHalf][kHalf];
-};
-
-constexpr Places find_places() {
-  Places places = {};
-  for (int bits = 0; bits < 1 << kHalf; ++bits)
-    for (int lane = 0, next = 0; lane < kHalf; ++lane)
-      places.of[bits][lane] = bits >> lane & 1 ? next++ : -1;
-  return places;
-}
-
-constexpr Places kPlaces = find_places();
-
-// The values of eight columns, 0 where the bit is not set; `next` moves behind them. Reads eight
-// values, unless kNearEnd, then none from `end` on.
-template <bool kNearEnd>
-MK_AVX2 MK_INLINE __m256 spread(const float*& next, const float* end, uint8_t bits) {
-  const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces.of[bits]));
-  __m256 values;
-  if (kNearEnd && end - next < kHalf) {
-    float rest[kHalf] = {};
-    std::copy(next, end, rest);
-    values = _mm256_loadu_ps(rest);
-  } else {
-    values = _mm256_loadu_ps(next);
-  }
-  asm("" : "+x"(values)); // a permutation of memory takes Zen 3 twice as long
-  next += __builtin_popcount(bits);
-  return _mm256_blendv_ps(
-      _mm256_permutevar8x32_ps(values, places), _mm256_setzero_ps(), _mm256_castsi256_ps(places));
-}
-
 // The sums of some of the rows, in registers.
 template <int kAtOnce, int kTokens>
 struct Sums {
@@ -102,10 +65,10 @@ template <bool kNearEnd, int kAtOnce, int kTokens>
 MK_AVX2 MK_INLINE void add_columns(const float* (&next)[kAtOnce], const float* end,
     const uint32_t (&bits)[kAtOnce], const float* x, int64_t cols, int64_t lanes,
     Sums<kAtOnce, kTokens>& sums) {
-  Floats<kHalf> xs[kTokens];
+  Floats<kSpread> xs[kTokens];
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t)
-    xs[t] = load<kHalf>(x + t * cols, lanes);
+    xs[t] = load<kSpread>(x + t * cols, lanes);
 #pragma GCC unroll 8
   for (int r = 0; r < kAtOnce; ++r) {
     const __m256 w = spread<kNearEnd>(next[r], end, static_cast<uint8_t>(bits[r]));
@@ -134,17 +97,17 @@ MK_AVX2 MK_INLINE void multiply(
       bits[r] = rows.words[first + r][k / kWordBits];
     if (cols - k >= kWordBits) {
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kWordBits; i += kHalf) {
-        add_columns<kNearEnd>(next, rows.kept_end, bits, x + k + i, cols, kHalf, acc);
+      for (int64_t i = 0; i < kWordBits; i += kSpread) {
+        add_columns<kNearEnd>(next, rows.kept_end, bits, x + k + i, cols, kSpread, acc);
         for (uint32_t& word : bits)
-          word >>= kHalf;
+          word >>= kSpread;
       }
     } else {
-      for (int64_t i = k; i < cols; i += kHalf) {
-        const int64_t lanes = std::min(kHalf, cols - i);
+      for (int64_t i = k; i < cols; i += kSpread) {
+        const int64_t lanes = std::min(kSpread, cols - i);
         add_columns<kNearEnd>(next, rows.kept_end, bits, x + i, cols, lanes, acc);
         for (uint32_t& word : bits)
-          word >>= kHalf;
+          word >>= kSpread;
       }
     }
   }
@@ -152,9 +115,9 @@ MK_AVX2 MK_INLINE void multiply(
   for (int r = 0; r < kAtOnce; ++r)
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      float lane[kHalf];
+      float lane[kSpread];
       _mm256_storeu_ps(lane, acc.at[r][t]);
-      sums[(first + r) * kTokens + t] = std::accumulate(lane, lane + kHalf, 0.0f);
+      sums[(first + r) * kTokens + t] = std::accumulate(lane, lane + kSpread, 0.0f);
     }
 }
 
@@ -162,7 +125,7 @@ template <int kTokens>
 MK_AVX2 void micro_kernel(const Rows& rows, const float* x, int64_t cols, float* sums) {
   constexpr int kAtOnce = kTokens <= 2 ? 4 : kTokens <= 5 ? 2 : 1;
   const float* last = *std::max_element(rows.kept, rows.kept + kRows);
-  const bool near_end = rows.kept_end - last < cols + kHalf;
+  const bool near_end = rows.kept_end - last < cols + kSpread;
   for (int first = 0; first < kRows; first += kAtOnce)
     if (near_end)
       multiply<true, kAtOnce, kTokens>(rows, first, x, cols, sums);

@@ -5,6 +5,7 @@
 #include "buffer.h"
 #include "epilogue.h"
 #include "row_windows.h"
+#include "spread.h"
 
 #include <algorithm>
 #include <vector>
@@ -91,6 +92,7 @@ MK_INLINE void store_body(
 }
 
 struct Kernels {
+  SpreadRow spread_row;
   Fill fill;
   Store store;
   int64_t tokens; // most at once
@@ -108,7 +110,7 @@ void multiply(const float* panel, const float* const* x, int64_t cols, float* su
 void store(const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
   store_body<4>(p, token, count, row, sums);
 }
-constexpr Kernels kKernels = {fill, store, 2, {multiply<1>, multiply<2>}};
+constexpr Kernels kKernels = {spread_row, fill, store, 2, {multiply<1>, multiply<2>}};
 } // namespace scalar
 
 #if MK_X86
@@ -170,8 +172,8 @@ MK_AVX2 void store(
     const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
   store_body<8>(p, token, count, row, sums);
 }
-constexpr Kernels kKernels = {
-    fill, store, 6, {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>}};
+constexpr Kernels kKernels = {spread_row, fill, store, 6,
+    {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>}};
 } // namespace avx2
 
 namespace avx512 {
@@ -183,7 +185,7 @@ MK_AVX512 void store(
     const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
   store_body<16>(p, token, count, row, sums);
 }
-constexpr Kernels kKernels = {avx2::fill, store, 12,
+constexpr Kernels kKernels = {spread_row, avx2::fill, store, 12,
     {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>, multiply<7>,
         multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>}};
 } // namespace avx512
@@ -210,6 +212,9 @@ void multiply_part(const PanelLinear& p, const RowWindows<float>& windows, const
   const Buffer panels(rows_at_once * block_cols);
   const Buffer patches(p.patches ? kernels.tokens * block_cols : 0);
   const Buffer sums(tile_sums * (is_cut ? tiles * panels_at_once : 1));
+  const int64_t spread_stride = block_cols + kPanelRows; // rows do not fight over cache sets
+  const Buffer spread(p.starts ? kPanelRows * spread_stride : 0);
+  std::vector<const float*> kept(p.starts ? rows_at_once : 0); // of each row, the next values
   std::vector<int64_t> places;
 
   const auto fill_panels = [&](const Interval& rows, const Interval& channels) {
@@ -221,10 +226,23 @@ void multiply_part(const PanelLinear& p, const RowWindows<float>& windows, const
     }
     for (int64_t row = rows.begin; row < rows.end; row += kPanelRows) {
       Rows from{{}, {}, cols, taps > 1 ? places.data() : nullptr};
-      for (int64_t i = 0; i < kPanelRows; ++i) { // the last again for those that are not there
-        const int64_t at = std::min(row + i, rows.end - 1);
-        from.values[i] = windows.at(at * p.cols % p.period) + first;
+      for (int64_t i = 0; i < kPanelRows; ++i) {
+        const int64_t at = row + i;
+        if (at >= rows.end) { // the last again
+          from.values[i] = from.values[i - 1];
+          from.words[i] = from.words[i - 1];
+          continue;
+        }
         from.words[i] = p.words + at * words_per_row(p.cols) + first / kWordBits;
+        if (p.starts) {
+          const float*& next = kept[at - rows.begin];
+          next = first == 0 ? p.values + p.starts[at] : next;
+          float* const out = &spread[i * spread_stride];
+          kernels.spread_row(next, p.values + p.period, from.words[i], cols, out);
+          from.values[i] = out;
+        } else {
+          from.values[i] = windows.at(at * p.cols % p.period) + first;
+        }
       }
       kernels.fill(from, &panels[(row - rows.begin) * cols]);
     }
@@ -273,7 +291,7 @@ void panel_linear(const PanelLinear& p, const Exec& exec) {
   if (p.tokens * p.rows == 0)
     return;
   const Kernels& kernels = MK_BY_ISA(exec.isa, kKernels);
-  const RowWindows<float> windows(p.values, p.period, p.rows, p.cols);
+  const RowWindows<float> windows(p.values, p.period, p.starts ? 0 : p.rows, p.cols);
   const int64_t products = std::max<int64_t>(p.cols, 1), threads = exec.parallel.threads();
   const int64_t panels = ceil_div(p.rows, kPanelRows), tiles = ceil_div(p.tokens, kernels.tokens);
   const auto multiply = [&](const Interval& rows, const Interval& tokens) {

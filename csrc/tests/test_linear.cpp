@@ -133,6 +133,13 @@ void test_compact(const Exec& exec, int64_t tokens, Shape shape, bool has_bias, 
           p.bias_or_null(), p.scale, tokens, shape.rows, shape.cols, y.data()},
       exec);
   p.check(y, exec);
+
+  y.assign(y.size(), NAN);
+  panel_linear(
+      {p.x.data(), kept.data(), static_cast<int64_t>(kept.size()), p.words.data(), p.bias_or_null(),
+          p.scale, tokens, shape.rows, shape.cols, y.data(), {}, {}, starts.data()},
+      exec);
+  p.check(y, exec);
 }
 
 // A value whose bit is 0 counts for nothing, whatever it is.
@@ -180,6 +187,7 @@ int main() {
       for (const int64_t rows : {0, 1, 4, 13})
         for (const int64_t tokens : {0, 1, 2, 3, 4, 5, 6, 7, 13})
           test_compact(exec, tokens, {rows, cols}, tokens % 2 == 0, random);
+    test_compact(exec, 9, {200, 1300}, true, random); // panels of several blocks, in several turns
     for (const int64_t cols : kCols)
       for (const int64_t rows : {1, 16, 37, 150})
         for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 41})

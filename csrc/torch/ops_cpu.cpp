@@ -364,7 +364,8 @@ Tensor aligned_linear_op(const Tensor& x, const Tensor& values, const Tensor& ti
   return y;
 }
 
-Tensor compact_linear_op(const Tensor& x, const Tensor& kept, const Tensor& starts,
+// y is to be set.
+CompactLinear compact_of(const Tensor& x, const Tensor& kept, const Tensor& starts,
     const Tensor& words, const OptionalTensor& bias, const OptionalTensor& scale) {
   const Shape shape = matrix("x", x);
   const float* input = floats_of("x", x, shape.elements());
@@ -372,11 +373,26 @@ Tensor compact_linear_op(const Tensor& x, const Tensor& kept, const Tensor& star
   const int64_t rows = words.size(0);
   check_dense("starts", starts, ScalarType::Long);
   check(starts.numel() == rows, "starts: ", starts.numel(), " rows, expected ", rows);
-  const float* added = bias ? floats_of("bias", *bias, rows) : nullptr;
-  Tensor y = empty({shape.rows, rows}, ScalarType::Float);
-  compact_linear(
-      {input, floats_of("kept", kept, kept.numel()), kept.numel(), starts.const_data_ptr<int64_t>(),
-          bits, added, scale_of(scale), shape.rows, rows, shape.cols, y.mutable_data_ptr<float>()},
+  return {input, floats_of("kept", kept, kept.numel()), kept.numel(),
+      starts.const_data_ptr<int64_t>(), bits, bias ? floats_of("bias", *bias, rows) : nullptr,
+      scale_of(scale), shape.rows, rows, shape.cols, nullptr};
+}
+
+Tensor compact_linear_op(const Tensor& x, const Tensor& kept, const Tensor& starts,
+    const Tensor& words, const OptionalTensor& bias, const OptionalTensor& scale) {
+  CompactLinear params = compact_of(x, kept, starts, words, bias, scale);
+  Tensor y = empty({params.tokens, params.rows}, ScalarType::Float);
+  params.y = y.mutable_data_ptr<float>();
+  compact_linear(params, exec());
+  return y;
+}
+
+Tensor compact_panel_linear_op(const Tensor& x, const Tensor& kept, const Tensor& starts,
+    const Tensor& words, const OptionalTensor& bias, const OptionalTensor& scale) {
+  const CompactLinear p = compact_of(x, kept, starts, words, bias, scale);
+  Tensor y = empty({p.tokens, p.rows}, ScalarType::Float);
+  panel_linear({p.x, p.kept, p.kept_count, p.words, p.bias, p.scale, p.tokens, p.rows, p.cols,
+                   y.mutable_data_ptr<float>(), {}, {}, p.starts},
       exec());
   return y;
 }
@@ -628,6 +644,8 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
         "Tensor? scale, int[] geometry) -> Tensor");
   m.def("compact_linear(Tensor x, Tensor kept, Tensor starts, Tensor words, Tensor? bias, "
         "Tensor? scale) -> Tensor");
+  m.def("compact_panel_linear(Tensor x, Tensor kept, Tensor starts, Tensor words, Tensor? bias, "
+        "Tensor? scale) -> Tensor");
   m.def("aligned_linear_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor tiles, int rows, "
         "Tensor affine, str activation, Tensor? residual, int[] geometry) -> ()");
   m.def("depthwise_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor words, int kernel_h, "
@@ -669,6 +687,7 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("aligned_tiles", TORCH_BOX(&aligned_tiles_op));
   m.impl("aligned_linear", TORCH_BOX(&aligned_linear_op));
   m.impl("compact_linear", TORCH_BOX(&compact_linear_op));
+  m.impl("compact_panel_linear", TORCH_BOX(&compact_panel_linear_op));
   m.impl("aligned_linear_fused_", TORCH_BOX(&aligned_linear_fused_op));
   m.impl("depthwise_fused_", TORCH_BOX(&depthwise_fused_op));
   m.impl("panel_linear", TORCH_BOX(&panel_linear_op));

@@ -199,10 +199,12 @@ struct PanelLinear {
   float* y;
   Epilogue epilogue = {}; // instead of bias and scale
   Patches patches = {};   // of images x that are the tokens; else x [M, K] is
+  // [N], of each row in `values`, where those are the `period` kept ones of a dense weight alone
+  const int64_t* starts = nullptr;
 };
 void panel_linear(const PanelLinear& params, const Exec& exec);
 
-// As masked_linear, for a dense weight of which only what the mask keeps is there.
+// As masked_linear, for few tokens and a dense weight of which only what the mask keeps is there.
 struct CompactLinear {
   const float* x;
   const float* kept; // [kept_count], row by row

@@ -30,7 +30,7 @@ from .bits import (
     transpose,
     unpack,
 )
-from .compact import compact_linear
+from .compact import bind_compact_linear, compact_linear
 from .conv2d import (
     bind_masked_conv2d,
     masked_conv2d,
@@ -58,6 +58,7 @@ from .plan import bounds_of, linear_decision
 _DTYPES = (torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.float64, torch.bool)
 _BIND: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
     "masked_linear": bind_masked_linear,
+    "compact_linear": bind_compact_linear,
     "masked_conv2d": bind_masked_conv2d,
     "masked_conv2d_chain": bind_masked_conv2d_chain,
 }
@@ -88,9 +89,10 @@ def bind(op: str, *args: Any) -> Callable[[Tensor], Tensor] | None:
 
 def kernel_choice(op: str, *args: Any) -> str | None:
     """Which kernel would run ``op`` on ``args``, and why; None where there is no choice."""
-    if op != "masked_linear":
+    if op not in ("masked_linear", "compact_linear"):
         return None
     x, values, words = args[:3]
     sizes = x.shape[0], words.shape[0], x.shape[1], values.numel()
-    decision = linear_decision(*sizes, x.dtype, bounds_of(isa()))
+    is_compact = op == "compact_linear"
+    decision = linear_decision(*sizes, x.dtype, bounds_of(isa()), is_compact)
     return f"{decision.plan} ({decision.why})"

@@ -25,12 +25,12 @@ class Bounds:
         aligned_rows: rows that each pattern must serve for *aligned* to win, of few tokens and of
             many; None for never.
         direct_tokens: the most tokens at which *direct* wins: with a prototype and long rows, with
-            a prototype and short rows, and with a dense weight, whose values are read from memory
-            anew for every few tokens.
+            a prototype and short rows, with a dense weight, whose values are read from memory anew
+            for every few tokens, and with a compact one, whose values are put in place anew too.
     """
 
     aligned_rows: tuple[int | None, int | None] = (None, None)
-    direct_tokens: tuple[int, int, int] = (0, 0, 0)
+    direct_tokens: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 class Decision(NamedTuple):
@@ -49,22 +49,30 @@ def bounds_of(isa: str) -> Bounds:
 
 @functools.lru_cache(maxsize=4096)
 def linear_decision(
-    tokens: int, rows: int, cols: int, period: int, dtype: torch.dtype, bounds: Bounds
+    tokens: int,
+    rows: int,
+    cols: int,
+    period: int,
+    dtype: torch.dtype,
+    bounds: Bounds,
+    compact: bool = False,
 ) -> Decision:
-    """How to multiply ``tokens`` inputs with a weight ``[rows, cols]`` of the given period."""
+    """How to multiply ``tokens`` inputs with a weight ``[rows, cols]`` of the given period, or,
+    where it is compact, of so many kept values.
+    """
     if dtype == torch.float64:
         return Decision("panels", "the other kernels compute in float32")
     few = tokens <= FEW_TOKENS
-    patterns = row_patterns(cols, period)
+    patterns = None if compact else row_patterns(cols, period)
     least = bounds.aligned_rows[0 if few else 1]
     if patterns is not None and least is not None and (few or dtype == torch.float32):
         rows_per_pattern = rows // patterns
         if rows_per_pattern >= least:
             return Decision("aligned", f"rows per pattern {rows_per_pattern} ≥ {least}")
-    is_dense = 2 * period > rows * cols
+    is_dense = compact or 2 * period > rows * cols
     if is_dense and dtype != torch.float32:  # widening the values costs as much as decoding
         return Decision("panels", f"a dense weight in {dtype}")
-    kind = 2 if is_dense else 0 if cols >= _LONG_ROW else 1
+    kind = 3 if compact else 2 if is_dense else 0 if cols >= _LONG_ROW else 1
     most = bounds.direct_tokens[kind]
     if tokens <= most:
         return Decision("direct", f"tokens {tokens} ≤ {most}")
@@ -73,10 +81,16 @@ def linear_decision(
 
 @functools.lru_cache(maxsize=4096)
 def linear_plan(
-    tokens: int, rows: int, cols: int, period: int, dtype: torch.dtype, isa: str
+    tokens: int,
+    rows: int,
+    cols: int,
+    period: int,
+    dtype: torch.dtype,
+    isa: str,
+    compact: bool = False,
 ) -> Plan:
     """The plan of ``linear_decision`` with the bounds of ``isa``."""
-    return linear_decision(tokens, rows, cols, period, dtype, bounds_of(isa)).plan
+    return linear_decision(tokens, rows, cols, period, dtype, bounds_of(isa), compact).plan
 
 
 @functools.lru_cache(maxsize=4096)

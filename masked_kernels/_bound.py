@@ -96,10 +96,11 @@ def remember(
     """A call that was right, unless no other may be made like it; ``operands`` are its op's besides
     x.
     """
+    if torch.compiler.is_compiling() or type(mask) is not PackedMask:
+        return
     values, words = _values(weight), mask.words
     if (
         values is None
-        or type(mask) is not PackedMask
         or type(x) not in _TENSORS
         or type(values) not in _TENSORS
         or type(bias) not in _OPTIONAL_TENSORS

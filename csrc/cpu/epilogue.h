@@ -16,15 +16,21 @@ class Finish {
       : before_(epilogue.before, channel, count), after_(epilogue.after, channel, count),
         activation_(epilogue.activation), residual_(epilogue.residual), count_(count) {}
 
-  // y[at] is the first of the outputs `v`.
-  MK_INLINE Floats<kLanes> operator()(const Floats<kLanes>& v, int64_t at) const {
-    Floats<kLanes> y = v * before_.gain + before_.shift;
+  // Several vectors of outputs; those of y[at + i * step] and the following are v[i].
+  template <int kVectors>
+  MK_INLINE void operator()(Floats<kLanes> (&v)[kVectors], int64_t at, int64_t step = 0) const {
+    for (Floats<kLanes>& each : v)
+      each = each * before_.gain + before_.shift;
     if (activation_ == Activation::gelu)
-      y = gelu<kLanes>(y);
+      gelu<kLanes>(v);
     else if (activation_ == Activation::relu)
-      y = y < 0.0f ? Floats<kLanes>{} : y; // NaN stays NaN
-    y = y * after_.gain + after_.shift;
-    return residual_ ? y + load<kLanes>(residual_ + at, count_) : y;
+      for (Floats<kLanes>& each : v)
+        each = max_of<kLanes>(Floats<kLanes>{}, each); // NaN stays NaN
+    for (int i = 0; i < kVectors; ++i) {
+      v[i] = v[i] * after_.gain + after_.shift;
+      if (residual_)
+        v[i] += load<kLanes>(residual_ + at + i * step, count_);
+    }
   }
 
  private:
@@ -56,9 +62,19 @@ struct Outputs {
     const Outputs o = *this; // which no store to y can change
     with_count<kLanes>(o.count, [&](auto count) MK_INLINE_LAMBDA {
       const Finish<kLanes> finish(epilogue, channel, count);
-      for (int64_t i = 0; i < o.pixels; ++i)
-        store<kLanes>(o.y + i * o.y_stride,
-            finish(load<kLanes>(o.sums + i * o.sum_stride), at + i * step), count);
+      const auto finish_pixels = [&](int64_t first, auto pixels) MK_INLINE_LAMBDA {
+        Floats<kLanes> v[pixels];
+        for (int i = 0; i < pixels; ++i)
+          v[i] = load<kLanes>(o.sums + (first + i) * o.sum_stride);
+        finish(v, at + first * step, step);
+        for (int i = 0; i < pixels; ++i)
+          store<kLanes>(o.y + (first + i) * o.y_stride, v[i], count);
+      };
+      int64_t i = 0;
+      for (; i + 2 <= o.pixels; i += 2)
+        finish_pixels(i, std::integral_constant<int, 2>{});
+      if (i < o.pixels)
+        finish_pixels(i, std::integral_constant<int, 1>{});
     });
   }
 

@@ -14,8 +14,9 @@ struct Rows {
     for (int64_t row = begin; row < end; ++row)
       for_vectors<kLanes>(channels, [&](int64_t channel, auto count) MK_INLINE_LAMBDA {
         const int64_t at = row * channels + channel;
-        const Finish<kLanes> finish(epilogue, channel, count);
-        store<kLanes>(y + at, finish(load<kLanes>(y + at, count), at), count);
+        Floats<kLanes> v[] = {load<kLanes>(y + at, count)};
+        Finish<kLanes>(epilogue, channel, count)(v, at);
+        store<kLanes>(y + at, v[0], count);
       });
   }
 };

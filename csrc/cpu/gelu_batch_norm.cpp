@@ -49,14 +49,20 @@ struct Sums {
         std::fill_n(first, channels, 0.0f);
         std::fill_n(second, channels, 0.0f);
         for (int64_t pixel = top; pixel < std::min(top + kBlock, last); ++pixel)
-          for_vectors<kLanes>(o.channels, [&](int64_t c, auto count) MK_INLINE_LAMBDA {
-            const int64_t at = pixel * o.channels + c;
-            const Floats<kLanes> in = load<kLanes>(o.x + at, count);
-            const Floats<kLanes> d = gelu<kLanes>(in) - load<kLanes>(o.shift + c);
-            const Floats<kLanes> grad = kOfGrad ? load<kLanes>(o.grad_y + at, count) : d;
-            store<kLanes>(first + c, load<kLanes>(first + c) + (kOfGrad ? d * grad : d));
-            store<kLanes>(second + c, load<kLanes>(second + c) + (kOfGrad ? grad : d * d));
-          });
+          for_vector_pairs<kLanes>(
+              o.channels, [&](int64_t c, auto vectors, auto count) MK_INLINE_LAMBDA {
+                int64_t at = pixel * o.channels + c;
+                Floats<kLanes> v[vectors];
+                for (int i = 0; i < vectors; ++i)
+                  v[i] = load<kLanes>(o.x + at + i * kLanes, count);
+                gelu<kLanes>(v);
+                for (int i = 0; i < vectors; ++i, c += kLanes, at += kLanes) {
+                  const Floats<kLanes> d = v[i] - load<kLanes>(o.shift + c);
+                  const Floats<kLanes> grad = kOfGrad ? load<kLanes>(o.grad_y + at, count) : d;
+                  store<kLanes>(first + c, load<kLanes>(first + c) + (kOfGrad ? d * grad : d));
+                  store<kLanes>(second + c, load<kLanes>(second + c) + (kOfGrad ? grad : d * d));
+                }
+              });
         double* total = totals + part * 2 * channels;
         for (int64_t c = 0; c < channels; ++c) {
           total[c] += first[c];
@@ -82,15 +88,21 @@ struct Normalise {
   MK_INLINE void run(int64_t begin, int64_t end) const {
     const Normalise o = *this; // which no store can change
     for (int64_t pixel = begin; pixel < end; ++pixel)
-      for_vectors<kLanes>(o.channels, [&](int64_t c, auto count) MK_INLINE_LAMBDA {
-        const int64_t at = pixel * o.channels + c;
-        const Floats<kLanes> in = load<kLanes>(o.x + at, count);
-        const Floats<kLanes> d = gelu<kLanes>(in) - load<kLanes>(o.mean + c);
-        Floats<kLanes> out = d * load<kLanes>(o.scale + c) + load<kLanes>(o.shift + c);
-        if (o.residual)
-          out += load<kLanes>(o.residual + at, count);
-        store<kLanes>(o.y + at, out, count);
-      });
+      for_vector_pairs<kLanes>(
+          o.channels, [&](int64_t c, auto vectors, auto count) MK_INLINE_LAMBDA {
+            int64_t at = pixel * o.channels + c;
+            Floats<kLanes> v[vectors];
+            for (int i = 0; i < vectors; ++i)
+              v[i] = load<kLanes>(o.x + at + i * kLanes, count);
+            gelu<kLanes>(v);
+            for (int i = 0; i < vectors; ++i, c += kLanes, at += kLanes) {
+              const Floats<kLanes> d = v[i] - load<kLanes>(o.mean + c);
+              Floats<kLanes> out = d * load<kLanes>(o.scale + c) + load<kLanes>(o.shift + c);
+              if (o.residual)
+                out += load<kLanes>(o.residual + at, count);
+              store<kLanes>(o.y + at, out, count);
+            }
+          });
   }
 };
 

@@ -48,6 +48,31 @@ MK_INLINE void store(float* to, const Floats<kLanes>& vector, int64_t count = kL
     std::memcpy(to, &vector, count * sizeof(float));
 }
 
+// The smaller, or the larger, of a and b in each lane; b where one is NaN. Where vectors are wide,
+// one instruction, while GCC makes two of a comparison: no intrinsic, because the instruction set
+// is that of the function which this is inlined into.
+template <int kLanes>
+MK_INLINE Floats<kLanes> min_of(const Floats<kLanes>& a, const Floats<kLanes>& b) {
+  if constexpr (kLanes < 8) {
+    return a < b ? a : b;
+  } else {
+    Floats<kLanes> least;
+    asm("vminps %2, %1, %0" : "=v"(least) : "v"(a), "v"(b));
+    return least;
+  }
+}
+
+template <int kLanes>
+MK_INLINE Floats<kLanes> max_of(const Floats<kLanes>& a, const Floats<kLanes>& b) {
+  if constexpr (kLanes < 8) {
+    return a > b ? a : b;
+  } else {
+    Floats<kLanes> most;
+    asm("vmaxps %2, %1, %0" : "=v"(most) : "v"(a), "v"(b));
+    return most;
+  }
+}
+
 // fn(count) for a vector of which `count` elements exist. Of a whole one the count is a constant,
 // and nothing remains of what serves a part.
 template <int kLanes, class Fn>
@@ -66,6 +91,17 @@ MK_INLINE void for_vectors(int64_t length, const Fn& fn) {
     fn(i, std::integral_constant<int64_t, kLanes>{});
   if (i < length)
     fn(i, length - i);
+}
+
+// fn(i, vectors, count) for two vectors at a time, the last, or the last but part of one, alone.
+template <int kLanes, class Fn>
+MK_INLINE void for_vector_pairs(int64_t length, const Fn& fn) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= length; i += 2 * kLanes)
+    fn(i, std::integral_constant<int, 2>{}, std::integral_constant<int64_t, kLanes>{});
+  for_vectors<kLanes>(length - i, [&](int64_t rest, auto count) MK_INLINE_LAMBDA {
+    fn(i + rest, std::integral_constant<int, 1>{}, count);
+  });
 }
 
 } // namespace masked_kernels

@@ -18,6 +18,9 @@ from .backends import AUTO, bind, requested
 from .mask import PackedMask
 from .prototype import Prototype
 
+Call = tuple[str, Tensor, Tensor | Prototype, PackedMask, Tensor | None, object, str | None, object]
+"""The op of a call and what it was made with: x, weight, mask, bias, scale, backend, geometry."""
+
 _TENSORS = (Tensor, nn.Parameter)
 _OPTIONAL_TENSORS = (*_TENSORS, type(None))
 
@@ -44,17 +47,9 @@ class BoundCall:
     run: Callable[[Tensor], Tensor] | None = None
 
 
-def repeat(
-    op: str,
-    x: Tensor,
-    weight: Tensor | Prototype,
-    mask: PackedMask,
-    bias: Tensor | None,
-    scale: object,
-    backend: str | None,
-    geometry: object = None,
-) -> Tensor | None:
+def repeat(asked: Call) -> Tensor | None:
     """The op's result, if the call is like the one before."""
+    op, x, weight, mask, bias, scale, backend, geometry = asked
     if torch.compiler.is_compiling() or type(mask) is not PackedMask:
         return None
     # The cheap questions first: on a small layer each costs a hundredth of the time.
@@ -82,20 +77,11 @@ def repeat(
     return call.run(x)
 
 
-def remember(
-    operands: tuple[Any, ...],
-    op: str,
-    x: Tensor,
-    weight: Tensor | Prototype,
-    mask: PackedMask,
-    bias: Tensor | None,
-    scale: object,
-    backend: str | None,
-    geometry: object = None,
-) -> None:
+def remember(asked: Call, operands: tuple[Any, ...]) -> None:
     """A call that was right, unless no other may be made like it; ``operands`` are its op's besides
     x.
     """
+    op, x, weight, mask, bias, scale, backend, geometry = asked
     if torch.compiler.is_compiling() or type(mask) is not PackedMask:
         return
     values, words = _values(weight), mask.words

@@ -61,8 +61,8 @@ def masked_linear(
         ``[..., N]``, dtype of x (or of autocast). Differentiable once in x, bias and a dense
         weight.
     """
-    call = ("masked_linear", x, weight, mask, bias, scale, backend)
-    if (again := _bound.repeat(*call)) is not None:
+    call = ("masked_linear", x, weight, mask, bias, scale, backend, None)
+    if (again := _bound.repeat(call)) is not None:
         return again
     x, values, bias = _autocast(x, weight, bias)
     check_type("mask", mask, PackedMask)
@@ -72,7 +72,7 @@ def masked_linear(
     operands = (values, mask.words, bias, _scale(scale, x))
     run = MaskedLinear.apply if _wants_grad(x, values, bias) else _ops.masked_linear
     y: Tensor = run(_tokens(x), *operands, backend or AUTO)
-    _bound.remember(operands, *call)
+    _bound.remember(call, operands)
     return _restore(y, x)
 
 
@@ -136,8 +136,8 @@ def compact_linear(
     Returns:
         ``[..., N]``. Raises ``RuntimeError`` where a gradient would be wanted.
     """
-    call = ("compact_linear", x, kept, mask, bias, scale, backend)
-    if (again := _bound.repeat(*call)) is not None:
+    call = ("compact_linear", x, kept, mask, bias, scale, backend, None)
+    if (again := _bound.repeat(call)) is not None:
         return again
     x, values, bias = _autocast(x, kept, bias)
     if values.dim() != 1:
@@ -153,7 +153,7 @@ def compact_linear(
         )
     operands = (values, mask.words, bias, _scale(scale, x))
     y = _ops.compact_linear(_tokens(x), *operands, backend or AUTO)
-    _bound.remember(operands, *call)
+    _bound.remember(call, operands)
     return _restore(y, x)
 
 
@@ -187,7 +187,7 @@ def masked_conv2d(
     """
     asked = (stride, padding, dilation, groups)
     call = ("masked_conv2d", x, weight, mask, bias, scale, backend, asked)
-    if (again := _bound.repeat(*call)) is not None:
+    if (again := _bound.repeat(call)) is not None:
         return again
     x, values, bias = _autocast(x, weight, bias)
     check_type("mask", mask, PackedMask)
@@ -201,7 +201,7 @@ def masked_conv2d(
     else:
         y = _ops.masked_conv2d(batch, *operands, *geometry, backend or AUTO)
     if batch is x:  # else the op took another tensor
-        _bound.remember((*operands, *geometry), *call)
+        _bound.remember(call, (*operands, *geometry))
     return y if x.dim() == 4 else y.squeeze(0)
 
 

@@ -27,6 +27,21 @@ Buffer means(const GeluBatchNorm& p) {
   return mean;
 }
 
+// fn(GELU(x), c, at, count) for each vector of a pixel's channels: it begins with channel c, which
+// is x[at].
+template <int kLanes, class Fn>
+MK_INLINE void for_gelu(const float* x, int64_t pixel, int64_t channels, const Fn& fn) {
+  for_vector_pairs<kLanes>(channels, [&](int64_t c, auto vectors, auto count) MK_INLINE_LAMBDA {
+    int64_t at = pixel * channels + c;
+    Floats<kLanes> v[vectors];
+    for (int i = 0; i < vectors; ++i)
+      v[i] = load<kLanes>(x + at + i * kLanes, count);
+    gelu<kLanes>(v);
+    for (int i = 0; i < vectors; ++i, c += kLanes, at += kLanes)
+      fn(v[i], c, at, count);
+  });
+}
+
 // Sums over the pixels of each part: with d = GELU(x) - shift, of d and d², or of d * grad_y and
 // grad_y.
 template <bool kOfGrad>
@@ -49,19 +64,12 @@ struct Sums {
         std::fill_n(first, channels, 0.0f);
         std::fill_n(second, channels, 0.0f);
         for (int64_t pixel = top; pixel < std::min(top + kBlock, last); ++pixel)
-          for_vector_pairs<kLanes>(
-              o.channels, [&](int64_t c, auto vectors, auto count) MK_INLINE_LAMBDA {
-                int64_t at = pixel * o.channels + c;
-                Floats<kLanes> v[vectors];
-                for (int i = 0; i < vectors; ++i)
-                  v[i] = load<kLanes>(o.x + at + i * kLanes, count);
-                gelu<kLanes>(v);
-                for (int i = 0; i < vectors; ++i, c += kLanes, at += kLanes) {
-                  const Floats<kLanes> d = v[i] - load<kLanes>(o.shift + c);
-                  const Floats<kLanes> grad = kOfGrad ? load<kLanes>(o.grad_y + at, count) : d;
-                  store<kLanes>(first + c, load<kLanes>(first + c) + (kOfGrad ? d * grad : d));
-                  store<kLanes>(second + c, load<kLanes>(second + c) + (kOfGrad ? grad : d * d));
-                }
+          for_gelu<kLanes>(o.x, pixel, o.channels,
+              [&](const Floats<kLanes>& in, int64_t c, int64_t at, auto count) MK_INLINE_LAMBDA {
+                const Floats<kLanes> d = in - load<kLanes>(o.shift + c);
+                const Floats<kLanes> grad = kOfGrad ? load<kLanes>(o.grad_y + at, count) : d;
+                store<kLanes>(first + c, load<kLanes>(first + c) + (kOfGrad ? d * grad : d));
+                store<kLanes>(second + c, load<kLanes>(second + c) + (kOfGrad ? grad : d * d));
               });
         double* total = totals + part * 2 * channels;
         for (int64_t c = 0; c < channels; ++c) {
@@ -88,20 +96,13 @@ struct Normalise {
   MK_INLINE void run(int64_t begin, int64_t end) const {
     const Normalise o = *this; // which no store can change
     for (int64_t pixel = begin; pixel < end; ++pixel)
-      for_vector_pairs<kLanes>(
-          o.channels, [&](int64_t c, auto vectors, auto count) MK_INLINE_LAMBDA {
-            int64_t at = pixel * o.channels + c;
-            Floats<kLanes> v[vectors];
-            for (int i = 0; i < vectors; ++i)
-              v[i] = load<kLanes>(o.x + at + i * kLanes, count);
-            gelu<kLanes>(v);
-            for (int i = 0; i < vectors; ++i, c += kLanes, at += kLanes) {
-              const Floats<kLanes> d = v[i] - load<kLanes>(o.mean + c);
-              Floats<kLanes> out = d * load<kLanes>(o.scale + c) + load<kLanes>(o.shift + c);
-              if (o.residual)
-                out += load<kLanes>(o.residual + at, count);
-              store<kLanes>(o.y + at, out, count);
-            }
+      for_gelu<kLanes>(o.x, pixel, o.channels,
+          [&](const Floats<kLanes>& in, int64_t c, int64_t at, auto count) MK_INLINE_LAMBDA {
+            const Floats<kLanes> d = in - load<kLanes>(o.mean + c);
+            Floats<kLanes> out = d * load<kLanes>(o.scale + c) + load<kLanes>(o.shift + c);
+            if (o.residual)
+              out += load<kLanes>(o.residual + at, count);
+            store<kLanes>(o.y + at, out, count);
           });
   }
 };

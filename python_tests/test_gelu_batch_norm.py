@@ -125,8 +125,10 @@ def test_every_other_image(memory_format: torch.memory_format, backend: str) -> 
 
 
 def test_infinity_and_nan_stay(backend: str) -> None:
-    x = torch.tensor([torch.inf, torch.nan]).view(1, 2, 1, 1)
-    y = mk.gelu_batch_norm(x, torch.zeros(2), torch.ones(2), backend=backend)
+    # PyTorch's own GELU, which is the reference's, gives nan for inf with AVX-512 in float32.
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    x = torch.tensor([torch.inf, torch.nan], dtype=dtype).view(1, 2, 1, 1)
+    y = mk.gelu_batch_norm(x, x.new_zeros(2), x.new_ones(2), backend=backend)
     torch.testing.assert_close(y, x, equal_nan=True)
 
 

@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
+from cases import assert_within
 
 from masked_kernels import _ops
 from masked_kernels.backends import backends, explain_choice, use_backend
@@ -14,13 +15,16 @@ from masked_kernels.backends import backends, explain_choice, use_backend
 if reason := backends()["cpu"]:
     pytest.skip(f"backend 'cpu' is unavailable: {reason}", allow_module_level=True)
 
-from masked_kernels.backends.cpu import _relaid, aligned, linear
+from masked_kernels.backends.cpu import _relaid, aligned, linear, product
 from masked_kernels.backends.cpu._native import isa as native_isa
 from masked_kernels.backends.cpu.plan import (
     PLANS,
     Bounds,
     Plan,
+    Product,
     bounds_of,
+    grad_weight_plan,
+    grad_x_plan,
     linear_decision,
     linear_plan,
     row_patterns,
@@ -117,6 +121,43 @@ def test_every_plan_is_right(plan, monkeypatch: pytest.MonkeyPatch) -> None:
         plain = float((torch.nn.functional.linear(x, weight).double() - truth).norm())
         rounding = float(torch.finfo(F32).eps * truth.norm())
         assert float((y.double() - truth).norm()) <= 2 * max(plain, rounding)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "isa", "grad_weight", "grad_x"),
+    [
+        ((4160, 512, 512), F32, "avx512", "convolution", "convolution"),
+        ((64, 512, 512), F32, "avx512", "matrix", "convolution"),
+        ((512, 2048, 2048), F32, "avx512", "matrix", "convolution"),
+        ((1024, 2048, 2048), F32, "avx512", "convolution", "convolution"),
+        ((4160, 4096, 4096), F32, "avx512", "matrix", "convolution"),
+        ((63, 512, 512), F32, "avx512", "matrix", "matrix"),
+        ((4160, 512, 512), F64, "avx512", "matrix", "matrix"),
+        ((4160, 512, 512), F32, "avx2", "matrix", "matrix"),
+        ((4160, 0, 512), F32, "avx512", "matrix", "matrix"),
+    ],
+)
+def test_product_plans(sizes, dtype, isa, grad_weight, grad_x) -> None:
+    assert grad_weight_plan(*sizes, dtype, isa) == grad_weight
+    assert grad_x_plan(*sizes, dtype, isa) == grad_x
+
+
+@pytest.mark.parametrize("plan", get_args(Product))
+@pytest.mark.parametrize(("tokens", "rows", "cols"), [(1, 1, 1), (129, 33, 1), (64, 1, 65)])
+def test_every_product_is_right(
+    tokens: int, rows: int, cols: int, plan: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "grad_weight_plan", lambda *_: plan)
+    monkeypatch.setattr(product, "grad_x_plan", lambda *_: plan)
+    grad_y, x, weight = (
+        torch.randn(*size) for size in ((tokens, rows), (tokens, cols), (rows, cols))
+    )
+    for got, (a, b) in (
+        (product.grad_weight(grad_y, x), (grad_y.t(), x)),
+        (product.grad_x(grad_y, weight), (grad_y, weight)),
+    ):
+        assert got.is_contiguous()
+        assert_within("product", got, a @ b, a.double() @ b.double())
 
 
 def test_row_patterns() -> None:

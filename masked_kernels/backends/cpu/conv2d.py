@@ -18,6 +18,7 @@ from .grad import apply_scores, masked_
 from .linear import masked_linear, masked_linear_grad_x
 from .panels import panel_linear
 from .plan import linear_plan
+from .product import grad_weight
 
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Values, words, bias, scale."""
@@ -301,7 +302,7 @@ def _conv_grad_weight(
 ) -> Tensor:
     """The gradient of the effective weight, contiguous."""
     if _is_pointwise(x, size[2:], stride, padding, groups):
-        return (_as_tokens(grad_y).t() @ _as_tokens(x)).view(size)
+        return grad_weight(_as_tokens(grad_y), _as_tokens(x)).view(size)
     if is_depthwise(x, size, stride, dilation, groups):
         return depthwise_grad_weight(grad_y, x, size[2], padding).view(size)
     grad: Tensor = conv2d_weight(x, size, grad_y, stride, padding, dilation, groups)

@@ -12,6 +12,7 @@ from .aligned import aligned_linear, aligned_linear_grad_x, bind_aligned_linear
 from .grad import apply_scores, masked_
 from .panels import panel_linear
 from .plan import Plan, linear_plan, row_patterns
+from .product import grad_weight, grad_x
 
 _PANEL_BYTES = 1 << 22  # small enough for the L2 caches, large enough to occupy the threads
 # Of grad_x, where each row pattern is a product of its own that starts anew.
@@ -54,13 +55,13 @@ def masked_linear_grad_x(
         grad_y.shape[0], rows * cols, row_patterns(cols, values.numel()) or 1
     ):
         return aligned_linear_grad_x(grad_y, values, words, scale, cols)
-    if grad_y.dtype in (torch.float16, torch.bfloat16) or rows == 0:
-        # A sum over panels would round to 16 bits after each of them.
-        return grad_y @ scaled_(decoded(values, words, cols), scale)
-    grad_x = grad_y.new_empty((grad_y.shape[0], cols))
+    # A sum over panels would round to 16 bits after each of them.
+    if rows <= _panel_height(values, cols) or grad_y.dtype in (torch.float16, torch.bfloat16):
+        return grad_x(grad_y, scaled_(decoded(values, words, cols), scale))
+    sums = grad_y.new_empty((grad_y.shape[0], cols))
     for begin, end, panel in _panels(values, words, cols, scale):
-        grad_x.addmm_(grad_y[:, begin:end], panel, beta=int(begin > 0))
-    return grad_x
+        sums.addmm_(grad_y[:, begin:end], panel, beta=int(begin > 0))
+    return sums
 
 
 def _is_aligned_grad_x(tokens: int, weights: int, patterns: int) -> bool:
@@ -73,13 +74,13 @@ def _is_aligned_grad_x(tokens: int, weights: int, patterns: int) -> bool:
 def masked_linear_grad_weight(
     grad_y: Tensor, x: Tensor, words: Tensor, scale: Tensor | None
 ) -> Tensor:
-    return masked_(scaled_(grad_y.t() @ x, scale), words)
+    return masked_(scaled_(grad_weight(grad_y, x), scale), words)
 
 
 def scored_linear_grad_scores(
     grad_y: Tensor, x: Tensor, values: Tensor, scores: Tensor, scale: Tensor | None, absolute: bool
 ) -> Tensor:
-    return apply_scores(grad_y.t() @ x, values, scores, scale, absolute)
+    return apply_scores(grad_weight(grad_y, x), values, scores, scale, absolute)
 
 
 def _direct_linear(

@@ -93,6 +93,30 @@ def linear_plan(
     return linear_decision(tokens, rows, cols, period, dtype, bounds_of(isa), compact).plan
 
 
+Product = Literal["matrix", "convolution"]
+"""The library's ways to a matrix product."""
+
+
+@functools.lru_cache(maxsize=4096)
+def grad_weight_plan(tokens: int, rows: int, cols: int, dtype: torch.dtype, isa: str) -> Product:
+    """How to multiply ``[rows, tokens]`` with ``[tokens, cols]``.
+
+    Measured on Zen 5: a convolution is up to twice as fast, unless it has few tokens to make up for
+    bringing a large weight's gradient into and out of its own layout. With AVX2 never faster.
+    """
+    if isa != "avx512" or dtype != torch.float32 or not 0 < rows * cols <= 1 << 22:
+        return "matrix"
+    return "convolution" if tokens >= (128 if rows * cols <= 1 << 20 else 1024) else "matrix"
+
+
+@functools.lru_cache(maxsize=4096)
+def grad_x_plan(tokens: int, rows: int, cols: int, dtype: torch.dtype, isa: str) -> Product:
+    """How to multiply ``[tokens, rows]`` with ``[rows, cols]``, measured likewise."""
+    if isa != "avx512" or dtype != torch.float32 or rows * cols == 0:
+        return "matrix"
+    return "convolution" if tokens >= 64 else "matrix"
+
+
 @functools.lru_cache(maxsize=4096)
 def row_patterns(cols: int, period: int) -> int | None:
     """The number of distinct weight rows if the period divides ``cols`` or is a multiple of it."""

@@ -39,7 +39,7 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
         (1, 4096, 4096, 4096, F32, "avx512", "aligned"),
         (4096, 4096, 4096, 64, F32, "avx512", "aligned"),
         (8, 512, 256, 1024, F32, "avx512", "aligned"),
-        (64, 256, 256, 1024, F32, "avx512", "panels"),  # fewer than 128 rows a pattern
+        (64, 128, 256, 1024, F32, "avx512", "panels"),  # fewer than 64 rows a pattern
         (8, 256, 256, 1024, F32, "avx512", "direct"),
         (1, 4096, 4096, 167_773, F32, "avx512", "direct"),
         (4096, 4096, 4096, 167_773, F32, "avx512", "panels"),
@@ -68,7 +68,8 @@ def test_linear_plan(tokens, rows, cols, period, dtype, isa, plan) -> None:
         ((16, 64, 2048, 50), F32, ("direct", "tokens 16 ≤ 32")),
         ((8, 64, 64, 64 * 64), F32, ("panels", "tokens 8 > 2")),
         ((1, 64, 64, 64 * 64), BF16, ("panels", "a dense weight in torch.bfloat16")),
-        ((64, 64, 64, 64), BF16, ("panels", "tokens 64 > 16")),  # few tokens alone
+        ((64, 64, 64, 64), BF16, ("panels", "tokens 64 > 32 in torch.bfloat16")),
+        ((64, 64, 64, 64), torch.float16, ("panels", "tokens 64 > 16")),
         ((1, 64, 64, 64), F64, ("panels", "the other kernels compute in float32")),
     ],
 )

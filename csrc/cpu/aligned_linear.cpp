@@ -177,10 +177,8 @@ void multiply_tile(const AlignedLinear& p, const Tile& tile, const Kernels& kern
       const bool full = block + pass.blocks <= tile.blocks();
       const int64_t count_of = full ? pass.blocks : 1;
       Vector* sums = &space.sums[block * pass.tokens];
-      if (word == 0)
-        std::fill_n(sums, count_of * pass.tokens, Vector{});
       (full ? pass.kernel : pass.single)(tile.words + (block * words + word) * kBlockRows,
-          words * kBlockRows, count, tables, sums->lane, y_ahead.take(y_lines),
+          words * kBlockRows, count, tables, word == 0, sums->lane, y_ahead.take(y_lines),
           x_ahead.take(x_lines));
       block += count_of;
     }
@@ -284,19 +282,38 @@ void aligned_linear(const AlignedLinear& p, const Exec& exec) {
   for (int64_t k = 0; k < static_cast<int64_t>(first_row.size()); ++k)
     first_row[k] = p.values[k % p.period];
 
-  // Blocks [begin, end) of all patterns, for some tokens. All patterns of a few tokens come before
-  // the next tokens, so that the outputs they share stay in the cache.
-  const auto multiply = [&](int64_t begin, int64_t end, int64_t token, int64_t token_end) {
+  // Blocks [begin, end) of a pattern.
+  const auto tile_of = [&](int64_t pattern, int64_t begin, int64_t end) {
+    const float* values = first_row.empty() ? p.values + pattern * p.cols : first_row.data();
+    return Tile(p, rows, values, pattern, begin, end);
+  };
+  // Blocks [begin, end) of all patterns, counted one pattern after the other.
+  const auto tiles_in_turn = [&](int64_t begin, int64_t end) {
     std::vector<Tile> tiles;
     for (int64_t pattern = 0, first = 0; pattern < p.patterns && first < end; ++pattern) {
-      const float* values = first_row.empty() ? p.values + pattern * p.cols : first_row.data();
       const int64_t last = first + rows.blocks(pattern);
       if (std::max(begin, first) < std::min(end, last))
-        tiles.emplace_back(
-            p, rows, values, pattern, std::max(begin, first) - first, std::min(end, last) - first);
+        tiles.push_back(
+            tile_of(pattern, std::max(begin, first) - first, std::min(end, last) - first));
       first = last;
     }
-    Workspace space(p, passes, end - begin);
+    return tiles;
+  };
+  // Blocks [begin, end) of each pattern.
+  const auto tiles_of_each = [&](int64_t begin, int64_t end) {
+    std::vector<Tile> tiles;
+    for (int64_t pattern = 0; pattern < p.patterns && begin < rows.blocks(pattern); ++pattern)
+      tiles.push_back(tile_of(pattern, begin, std::min(end, rows.blocks(pattern))));
+    return tiles;
+  };
+
+  // All patterns of a few tokens come before the next tokens, so that the outputs they share stay
+  // in the cache.
+  const auto multiply = [&](const std::vector<Tile>& tiles, int64_t token, int64_t token_end) {
+    int64_t most = 0;
+    for (const Tile& tile : tiles)
+      most = std::max(most, tile.blocks());
+    Workspace space(p, passes, most);
     while (token < token_end) {
       const Pass& pass = passes.first_of(token_end - token);
       const Tokens tokens(p, token, pass.tokens, space);
@@ -305,23 +322,35 @@ void aligned_linear(const AlignedLinear& p, const Exec& exec) {
       token += pass.tokens;
     }
   };
-  const auto multiply_all = [&](int64_t begin, int64_t end, int64_t token, int64_t token_end) {
+  const auto multiply_in_turn = [&](int64_t begin, int64_t end, int64_t token, int64_t token_end) {
     for (; begin < end; begin += std::min(passes.blocks, end - begin))
-      multiply(begin, begin + std::min(passes.blocks, end - begin), token, token_end);
+      multiply(
+          tiles_in_turn(begin, begin + std::min(passes.blocks, end - begin)), token, token_end);
   };
 
-  // Threads share tokens, each building its own tables, or blocks when there are few tokens.
+  // Threads share tokens, each building its own tables, or blocks when there are few tokens. What
+  // adjacent patterns make shares cache lines; threads whose patterns do take rows of each instead.
   constexpr int64_t kGrain = 1 << 18; // products worth waking a thread for
   const int64_t blocks = rows.all_blocks(), block = std::max<int64_t>(p.cols, 1) * kBlockRows;
   const int64_t unit = passes.unit(), units = ceil_div(p.tokens, unit);
+  const int64_t threads = exec.parallel.threads();
   if (share_tokens(p, passes, exec))
     exec.parallel.run(
         0, units, ceil_div(kGrain, blocks * block * unit + 1), [&](int64_t begin, int64_t end) {
-          multiply_all(0, blocks, begin * unit, std::min(end * unit, p.tokens));
+          multiply_in_turn(0, blocks, begin * unit, std::min(end * unit, p.tokens));
         });
-  else if (p.tokens > 0)
+  else if (p.tokens == 0)
+    return;
+  else if (p.patterns % (kBlockRows * threads) != 0 && rows.blocks(0) >= threads)
+    exec.parallel.run(0, rows.blocks(0), ceil_div(kGrain, p.tokens * block * p.patterns),
+        [&](int64_t begin, int64_t end) {
+          for (; begin < end; begin += std::min(passes.blocks, end - begin))
+            multiply(
+                tiles_of_each(begin, begin + std::min(passes.blocks, end - begin)), 0, p.tokens);
+        });
+  else
     exec.parallel.run(0, blocks, ceil_div(kGrain, p.tokens * block),
-        [&](int64_t begin, int64_t end) { multiply_all(begin, end, 0, p.tokens); });
+        [&](int64_t begin, int64_t end) { multiply_in_turn(begin, end, 0, p.tokens); });
 }
 
 } // namespace masked_kernels

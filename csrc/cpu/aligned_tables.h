@@ -51,9 +51,10 @@ struct Columns {
 using BuildTables = void (*)(const Columns& x, int64_t columns, float* tables);
 
 // sums [blocks, tokens, 16] += what the rows' bits look up in the tables of `words` words of
-// columns. A block's tile is [words, 16]; that of the next block lies `tile_stride` words on.
+// columns; = with the first words. A block's tile is [words, 16]; that of the next block lies
+// `tile_stride` words on.
 using MicroKernel = void (*)(const uint32_t* tiles, int64_t tile_stride, int64_t words,
-    const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead);
+    const float* tables, bool first, float* sums, const Ahead& y_ahead, const Ahead& x_ahead);
 
 // by_token [tokens, 16] = sums [16, tokens]
 using ByToken = void (*)(const float* sums, float* by_token);
@@ -70,10 +71,11 @@ struct Pass {
 };
 
 struct Passes {
-  Pass few[kMostFewTokens]; // for 1, 2, ... tokens
-  Pass many[2];             // for 16 and for 8 tokens, not all of which need to be there
-  int64_t most;             // tokens of a pass
-  int64_t blocks;           // whose sums fit the L2 cache
+  Pass few[kMostFewTokens];          // for 1, 2, ... tokens
+  Pass many[2];                      // for 16 and for 8 tokens, not all of which need to be there
+  int64_t most;                      // tokens of a pass
+  int64_t blocks;                    // whose sums fit the L2 cache
+  int64_t most_few = kMostFewTokens; // that passes of few tokens serve best
 
   bool has_many() const { return most > kMostFewTokens; }
 
@@ -90,7 +92,7 @@ struct Passes {
 
   // For the first of `tokens` tokens; those that it has above that are 0.
   const Pass& first_of(int64_t tokens) const {
-    if (has_many() && tokens > kMostFewTokens)
+    if (has_many() && tokens > most_few)
       return many[tokens <= many[1].tokens];
     return few[tokens / ceil_div(tokens, kMostFewTokens) - 1];
   }
@@ -99,8 +101,10 @@ struct Passes {
 namespace scalar {
 
 template <int kTokens>
-void micro_kernel(const uint32_t* tile, int64_t, int64_t words, const float* tables, float* sums,
-    const Ahead&, const Ahead&) {
+void micro_kernel(const uint32_t* tile, int64_t, int64_t words, const float* tables, bool first,
+    float* sums, const Ahead&, const Ahead&) {
+  if (first)
+    std::fill_n(sums, kTokens * kBlockRows, 0.0f);
   for (int64_t word = 0; word < words; ++word) {
     float acc[kTokens * kBlockRows] = {};
     for (int64_t table = 0; table < kWordTables; ++table, tables += kTokens * kSubsets)
@@ -139,6 +143,104 @@ constexpr Passes kPasses = {{pass<1>(), pass<2>(), pass<3>(), pass<4>(), pass<5>
 } // namespace scalar
 
 #if MK_X86
+// Tokens in lanes: `kVectors` vectors of them for each subset.
+
+// sums [blocks, 16, tokens], those of `kRows` rows at once in registers
+template <int kLanes, int kVectors, int kRows>
+MK_INLINE void add_looked_up_body(const uint32_t* tile, int64_t tile_stride, int64_t words,
+    const float* tables, bool first, float* sums) {
+  constexpr int kTokens = kVectors * kLanes;
+  constexpr int kLogTokens = __builtin_ctz(kTokens);
+  uint64_t offset_bits = (kSubsets - 1) * kTokens;
+  asm("" : "+r"(offset_bits)); // a register: as a constant it would lengthen every instruction
+  for (int64_t word = 0; word < words; ++word) // of the next block, too far on to be foreseen
+    __builtin_prefetch(tile + tile_stride + word * kBlockRows);
+  for (int64_t row = 0; row < kBlockRows; row += kRows, sums += kRows * kTokens) {
+    Floats<kLanes> acc[kRows][kVectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v)
+        acc[r][v] = Floats<kLanes>{};
+    const float* table = tables;
+    for (int64_t word = 0; word < words; ++word) {
+      uint64_t bits[kRows / 2]; // of two rows each
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r += 2)
+        std::memcpy(&bits[r / 2], tile + word * kBlockRows + row + r, sizeof bits[0]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kWordTables; ++i, table += kSubsets * kTokens)
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          // A rotation: one instruction to another register, where a shift takes two.
+          const int by = (i * kTableColumns + r % 2 * kWordBits - kLogTokens) & 63;
+          uint64_t offset = (bits[r / 2] >> by | bits[r / 2] << (-by & 63)) & offset_bits;
+          // One offset before the sum that needs the one before: GCC makes all first, and spills.
+          if constexpr (kVectors == 1)
+            asm volatile("" : "+r"(offset), "+v"(acc[r][0]));
+          else
+            asm volatile("" : "+r"(offset), "+v"(acc[r][0]), "+v"(acc[r][1]));
+          const float* sums_of = table + offset;
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v)
+            acc[r][v] += load<kLanes>(sums_of + v * kLanes);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        float* sum = sums + r * kTokens + v * kLanes;
+        store<kLanes>(sum, first ? acc[r][v] : load<kLanes>(sum) + acc[r][v]);
+      }
+  }
+}
+
+// tables [columns / 5, 32, tokens]
+template <int kLanes, int kVectors, int64_t kMostWords>
+MK_INLINE void build_token_tables_body(const Columns& x, int64_t columns, float* tables) {
+  constexpr int kTokens = kVectors * kLanes;
+  constexpr int64_t kMostColumns = kMostWords * kTileColumns;
+  float padded[kTokens * kMostColumns], values[kMostColumns];
+  const float *from = x.x, *value = x.values;
+  int64_t stride = x.stride;
+  if (x.tokens < kTokens || x.count < columns) {
+    std::fill_n(padded, kTokens * columns, 0.0f);
+    for (int64_t t = 0; t < x.tokens; ++t)
+      std::copy_n(x.x + t * x.stride, x.count, padded + t * columns);
+    std::fill_n(std::copy_n(x.values, x.count, values), columns - x.count, 0.0f);
+    from = padded, value = values, stride = columns;
+  }
+  alignas(64) float by_column[kMostColumns][kTokens];
+  transpose_squares(from, stride, kTokens, columns, by_column[0]);
+  for (int64_t k = 0; k < columns; k += kTableColumns, tables += kSubsets * kTokens)
+#pragma GCC unroll 2
+    for (int v = 0; v < kTokens; v += kLanes) {
+      Floats<kLanes> with[kTableColumns];
+#pragma GCC unroll 8
+      for (int j = 0; j < kTableColumns; ++j)
+        with[j] = load<kLanes>(&by_column[k + j][v]) * value[k + j];
+      Floats<kLanes> low[kSubsets / 4] = {}; // subsets of the first three columns
+#pragma GCC unroll 4
+      for (int j = 0; j < kTableColumns - 2; ++j)
+#pragma GCC unroll 4
+        for (int subset = 0; subset < 1 << j; ++subset)
+          low[subset + (1 << j)] = low[subset] + with[j];
+      const Floats<kLanes> high[4] = {{}, with[3], with[4], with[3] + with[4]};
+#pragma GCC unroll 4
+      for (int h = 0; h < 4; ++h)
+#pragma GCC unroll 8
+        for (int subset = 0; subset < kSubsets / 4; ++subset)
+          store<kLanes>(tables + (h * (kSubsets / 4) + subset) * kTokens + v,
+              h == 0 ? low[subset] : low[subset] + high[h]);
+    }
+}
+
+template <int kTokens>
+void by_token(const float* sums, float* by_token) {
+  transpose_squares(sums, kTokens, kBlockRows, kTokens, by_token);
+}
+
 namespace avx2 {
 
 // Rows in lanes: the 8 sums of 3 columns, and half a block.
@@ -148,7 +250,7 @@ constexpr int64_t kColumns = 3, kTables = kTileColumns / kColumns;
 // As in avx512, but the totals stay in memory: registers are few.
 template <int kBlocks, int kTokens>
 MK_AVX2 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t words,
-    const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
+    const float* tables, bool first, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
   y_ahead.fetch();
   x_ahead.fetch();
   for (int64_t word = 0; word < words; ++word, tiles += kBlockRows) {
@@ -183,7 +285,8 @@ MK_AVX2 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t wo
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
         float* sum = sums + ((b / 2 * kTokens + t) * 2 + b % 2) * kHalf;
-        _mm256_store_ps(sum, _mm256_add_ps(_mm256_load_ps(sum), acc[b][t]));
+        const bool begins = first && word == 0;
+        _mm256_store_ps(sum, begins ? acc[b][t] : _mm256_add_ps(_mm256_load_ps(sum), acc[b][t]));
       }
   }
 }
@@ -209,112 +312,21 @@ MK_AVX2 void build_tables(const Columns& x, int64_t columns, float* tables) {
     }
 }
 
-// Tokens in lanes: `kVectors` vectors of them for each subset.
 constexpr int kTokenLanes = 8;
 constexpr int64_t kManyWords = 4; // of columns whose tables for 8 tokens fit the L1 cache
 
-// sums [blocks, 16, tokens]
 template <int kVectors>
 MK_AVX2 void add_looked_up(const uint32_t* tile, int64_t tile_stride, int64_t words,
-    const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
-  constexpr int kTokens = kVectors * kTokenLanes, kRows = 8 / kVectors; // sums in 8 registers
-  constexpr int kLogTokens = kVectors == 1 ? 3 : 4;
+    const float* tables, bool first, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
   y_ahead.fetch();
   x_ahead.fetch();
-  for (int64_t word = 0; word < words; ++word) // of the next block, too far on to be foreseen
-    __builtin_prefetch(tile + tile_stride + word * kBlockRows);
-  for (int64_t row = 0; row < kBlockRows; row += kRows, sums += kRows * kTokens) {
-    __m256 acc[kRows][kVectors];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v)
-        acc[r][v] = _mm256_setzero_ps();
-    const float* table = tables;
-    for (int64_t word = 0; word < words; ++word) {
-      uint64_t bits[kRows];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-        bits[r] = tile[word * kBlockRows + row + r];
-#pragma GCC unroll 8
-      for (int i = 0; i < kWordTables; ++i, table += kSubsets * kTokens)
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          constexpr uint32_t kOffsets = (kSubsets - 1) * kTokens;
-          // A rotation: one instruction to another register, where a shift takes two.
-          const int by = (i * kTableColumns - kLogTokens) & 63;
-          uint64_t offset = (bits[r] >> by | bits[r] << (-by & 63)) & kOffsets;
-          // One offset before the sum that needs the one before: GCC makes all first, and spills.
-          asm volatile("" : "+r"(offset), "+x"(acc[r][0]), "+x"(acc[r][kVectors - 1]));
-          const float* sums_of = table + offset;
-#pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v)
-            acc[r][v] = _mm256_add_ps(acc[r][v], _mm256_load_ps(sums_of + v * kTokenLanes));
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        float* sum = sums + r * kTokens + v * kTokenLanes;
-        _mm256_store_ps(sum, _mm256_add_ps(_mm256_load_ps(sum), acc[r][v]));
-      }
-  }
+  add_looked_up_body<kTokenLanes, kVectors, 8 / kVectors>(
+      tile, tile_stride, words, tables, first, sums);
 }
 
-// tables [columns / 5, 32, tokens]
 template <int kVectors>
 MK_AVX2 void build_token_tables(const Columns& x, int64_t columns, float* tables) {
-  constexpr int kTokens = kVectors * kTokenLanes;
-  constexpr int64_t kMostColumns = kManyWords / kVectors * kTileColumns;
-  float padded[kTokens * kMostColumns], values[kMostColumns];
-  const float *from = x.x, *value = x.values;
-  int64_t stride = x.stride;
-  if (x.tokens < kTokens || x.count < columns) {
-    std::fill_n(padded, kTokens * columns, 0.0f);
-    for (int64_t t = 0; t < x.tokens; ++t)
-      std::copy_n(x.x + t * x.stride, x.count, padded + t * columns);
-    std::fill_n(std::copy_n(x.values, x.count, values), columns - x.count, 0.0f);
-    from = padded, value = values, stride = columns;
-  }
-  alignas(32) float by_column[kMostColumns][kTokens];
-  for (int64_t t = 0; t < kTokens; t += kTokenLanes)
-    for (int64_t k = 0; k < columns; k += kTokenLanes) {
-      const int64_t col = std::min(k, columns - kTokenLanes); // the last square overlaps
-      transpose_square(from + t * stride + col, stride, &by_column[col][t], kTokens);
-    }
-  for (int64_t k = 0; k < columns; k += kTableColumns, tables += kSubsets * kTokens)
-#pragma GCC unroll 2
-    for (int v = 0; v < kTokens; v += kTokenLanes) {
-      const auto column = [&](int j) MK_AVX2 {
-        return _mm256_mul_ps(
-            _mm256_load_ps(&by_column[k + j][v]), _mm256_broadcast_ss(value + k + j));
-      };
-      __m256 low[kSubsets / 4] = {_mm256_setzero_ps()}; // subsets of the first three columns
-#pragma GCC unroll 4
-      for (int j = 0; j < kTableColumns - 2; ++j) {
-        const __m256 with = column(j);
-#pragma GCC unroll 4
-        for (int subset = 0; subset < 1 << j; ++subset)
-          low[subset + (1 << j)] = _mm256_add_ps(low[subset], with);
-      }
-      const __m256 fourth = column(3), fifth = column(4);
-      const __m256 high[4] = {_mm256_setzero_ps(), fourth, fifth, _mm256_add_ps(fourth, fifth)};
-#pragma GCC unroll 4
-      for (int h = 0; h < 4; ++h)
-#pragma GCC unroll 8
-        for (int subset = 0; subset < kSubsets / 4; ++subset)
-          _mm256_store_ps(tables + (h * (kSubsets / 4) + subset) * kTokens + v,
-              h == 0 ? low[subset] : _mm256_add_ps(low[subset], high[h]));
-    }
-}
-
-template <int kTokens>
-MK_AVX2 void by_token(const float* sums, float* by_token) {
-  for (int64_t row = 0; row < kBlockRows; row += kTokenLanes)
-    for (int64_t t = 0; t < kTokens; t += kTokenLanes)
-      transpose_square(
-          sums + row * kTokens + t, kTokens, by_token + t * kBlockRows + row, kBlockRows);
+  build_token_tables_body<kTokenLanes, kVectors, kManyWords / kVectors>(x, columns, tables);
 }
 
 template <int kBlocks, int kTokens>
@@ -340,8 +352,8 @@ namespace avx512 {
 
 // Running sums of kRunWords words at most, then added to `sums`.
 template <int kBlocks, int kTokens>
-MK_AVX512 MK_INLINE void add_run(
-    const uint32_t* tiles, int64_t tile_stride, int64_t words, const float* tables, float* sums) {
+MK_AVX512 MK_INLINE void add_run(const uint32_t* tiles, int64_t tile_stride, int64_t words,
+    const float* tables, bool first, float* sums) {
   __m512 acc[kBlocks][kTokens] = {};
   for (int64_t word = 0; word < words; ++word, tiles += kBlockRows) {
     __m512i index[kBlocks];
@@ -368,12 +380,12 @@ MK_AVX512 MK_INLINE void add_run(
   for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t, sums += kBlockRows)
-      _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), acc[b][t]));
+      _mm512_store_ps(sums, first ? acc[b][t] : _mm512_add_ps(_mm512_load_ps(sums), acc[b][t]));
 }
 
 template <int kBlocks, int kTokens>
 MK_AVX512 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t words,
-    const float* tables, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
+    const float* tables, bool first, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
   Ahead y_rest = y_ahead, x_rest = x_ahead;
   const int64_t runs = ceil_div(words, kRunWords);
   const int64_t y_lines = ceil_div(y_ahead.lines(), runs),
@@ -382,7 +394,8 @@ MK_AVX512 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t 
     y_rest.take(y_lines).fetch();
     x_rest.take(x_lines).fetch();
     add_run<kBlocks, kTokens>(tiles + word * kBlockRows, tile_stride,
-        std::min(kRunWords, words - word), tables + word * kTokens * kTableFloats, sums);
+        std::min(kRunWords, words - word), tables + word * kTokens * kTableFloats,
+        first && word == 0, sums);
   }
 }
 
@@ -407,9 +420,24 @@ constexpr Pass few() {
       micro_kernel<kBlocks, kTokens>, micro_kernel<1, kTokens>};
 }
 
+constexpr int64_t kManyWords = 3; // of columns whose tables for 16 tokens fit the L1 cache
+
+MK_AVX512 void add_looked_up(const uint32_t* tile, int64_t tile_stride, int64_t words,
+    const float* tables, bool first, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
+  y_ahead.fetch();
+  x_ahead.fetch();
+  add_looked_up_body<kMostTokens, 1, kBlockRows>(tile, tile_stride, words, tables, first, sums);
+}
+
+MK_AVX512 void build_token_tables(const Columns& x, int64_t columns, float* tables) {
+  build_token_tables_body<kMostTokens, 1, kManyWords>(x, columns, tables);
+}
+
 constexpr Passes kPasses = {
-    {few<8, 1>(), few<8, 2>(), few<6, 3>(), few<4, 4>(), few<4, 5>(), few<4, 6>()}, {},
-    kMostFewTokens, kAllBlocks};
+    {few<8, 1>(), few<8, 2>(), few<6, 3>(), few<4, 4>(), few<4, 5>(), few<4, 6>()},
+    {{kMostTokens, kManyWords, build_token_tables, 1, add_looked_up, add_looked_up,
+        by_token<kMostTokens>}},
+    kMostTokens, 128, 14};
 
 } // namespace avx512
 #endif

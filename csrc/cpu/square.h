@@ -3,6 +3,7 @@
 
 #include "target.h"
 
+#include <algorithm>
 #include <cstdint>
 
 #if MK_X86
@@ -36,6 +37,18 @@ MK_AVX2 MK_INLINE void transpose_square(
     _mm256_storeu_ps(
         out + (c + 4) * out_stride, _mm256_permute2f128_ps(quad[0][c], quad[1][c], 0x31));
   }
+}
+
+// out [cols, rows] = the transpose of from [rows, cols], its rows `stride` elements apart. Rows are
+// a multiple of 8, columns 8 or more.
+MK_AVX2 inline void transpose_squares(
+    const float* from, int64_t stride, int64_t rows, int64_t cols, float* out) {
+  constexpr int64_t kSquare = 8;
+  for (int64_t row = 0; row < rows; row += kSquare)
+    for (int64_t k = 0; k < cols; k += kSquare) {
+      const int64_t col = std::min(k, cols - kSquare); // the last square overlaps
+      transpose_square(from + row * stride + col, stride, out + col * rows + row, rows);
+    }
 }
 
 } // namespace masked_kernels

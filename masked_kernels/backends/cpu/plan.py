@@ -72,6 +72,8 @@ def linear_decision(
     is_dense = compact or 2 * period > rows * cols
     if is_dense and dtype != torch.float32:  # widening the values costs as much as decoding
         return Decision("panels", f"a dense weight in {dtype}")
+    if dtype == torch.bfloat16 and not few:  # the library multiplies them faster than float32
+        return Decision("panels", f"tokens {tokens} > {FEW_TOKENS} in {dtype}")
     kind = 3 if compact else 2 if is_dense else 0 if cols >= _LONG_ROW else 1
     most = bounds.direct_tokens[kind]
     if tokens <= most:

@@ -16,7 +16,7 @@ namespace masked_kernels {
 namespace {
 
 constexpr int64_t kGroup = 16;           // channels that a thread takes at once
-constexpr int64_t kColumns = 8;          // of outputs that are computed at once, or a multiple
+constexpr int64_t kColumns = 8;          // outputs in registers
 constexpr int64_t kBandFloats = 1 << 16; // of a band of x, all channels, a part of the L2 cache
 
 // Output rows of one image.
@@ -52,11 +52,11 @@ MK_INLINE void convolve_columns(
     for (int64_t j = 0; j < width; ++j, x += kLanes, filter += kLanes) {
       asm("" : "+r"(x)); // GCC would keep pixels for later columns, and spills
       const auto w = load<kLanes>(filter);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c)
         sum[c] += load<kLanes>(x + c * kLanes) * w;
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int c = 0; c < kColumns; ++c)
     store<kLanes>(sums + c * kLanes, sum[c]);
 }
@@ -120,24 +120,23 @@ MK_INLINE void convolve_body(const DepthwiseConv2d& p, const Task& task) {
   copy_rows<kLanes>(p, task, slice);
   float* const y = p.y;
   Ahead x_ahead = task.x, y_ahead = task.y;
-  constexpr int64_t kStrip = kLanes < 16 ? kColumns : 2 * kColumns; // outputs in registers
-  const int64_t strips = band.rows() * ceil_div(p.out_width(), kStrip);
+  const int64_t strips = band.rows() * ceil_div(p.out_width(), kColumns);
   const int64_t x_lines = ceil_div(x_ahead.lines(), strips);
   const int64_t y_lines = ceil_div(y_ahead.lines(), strips);
   for (int64_t row = band.row_begin; row < band.row_end; ++row)
-    for (int64_t column = 0; column < p.out_width(); column += kStrip) {
+    for (int64_t column = 0; column < p.out_width(); column += kColumns) {
       x_ahead.take(x_lines).fetch();
       y_ahead.take(y_lines).fetch();
       const float* x = task.copied + ((row - band.row_begin) * width + column) * kLanes;
       const float* filters = task.filters;
-      const int64_t count = std::min(kStrip, p.out_width() - column);
+      const int64_t count = std::min(kColumns, p.out_width() - column);
       const int64_t pixel = (band.image * p.out_height() + row) * p.out_width() + column;
       for (int64_t channel = task.channel; channel < end; channel += kLanes) {
-        alignas(64) float sums[kStrip * kLanes];
-        if (count > kStrip / 2)
-          convolve_columns<kLanes, kWidth, kStrip>(p, filters, x, sums);
+        alignas(64) float sums[kColumns * kLanes];
+        if (count > kColumns / 2)
+          convolve_columns<kLanes, kWidth, kColumns>(p, filters, x, sums);
         else
-          convolve_columns<kLanes, kWidth, kStrip / 2>(p, filters, x, sums);
+          convolve_columns<kLanes, kWidth, kColumns / 2>(p, filters, x, sums);
         const int64_t at = pixel * p.channels + channel;
         Outputs<kLanes>{sums, kLanes, count, p.channels - channel, y + at, p.channels}.finish(
             p.epilogue, channel, at, p.channels);

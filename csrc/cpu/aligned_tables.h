@@ -3,7 +3,7 @@
 // Two ways. With *rows in lanes* a table of one token lies in registers, and a permutation looks
 // the same columns of many rows up at once: for few tokens. With *tokens in lanes* each subset has
 // a vector of its sums for many tokens, and a row adds the one that its bits name, straight from
-// the L1 cache: an instruction for the products of five columns with eight tokens.
+// the L1 cache: an instruction for the products of five columns with eight or sixteen tokens.
 #pragma once
 
 #include "prefetch.h"

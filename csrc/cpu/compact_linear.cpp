@@ -140,8 +140,8 @@ constexpr Kernels kKernels = {micro_kernel<1>, micro_kernel<2>, micro_kernel<3>,
 
 namespace avx512 {
 
-template <int kTokens>
-MK_AVX512 void micro_kernel(const Rows& rows, const float* x, int64_t cols, float* sums) {
+template <bool kNearEnd, int kTokens>
+MK_AVX512 MK_INLINE void multiply(const Rows& rows, const float* x, int64_t cols, float* sums) {
   __m512 acc[kRows][kTokens];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -160,12 +160,10 @@ MK_AVX512 void micro_kernel(const Rows& rows, const float* x, int64_t cols, floa
     for (int r = 0; r < kRows; ++r) {
       uint16_t bits;
       std::memcpy(&bits, reinterpret_cast<const char*>(at.words[r]) + k / 8, sizeof bits);
-      const __mmask16 set = _cvtu32_mask16(bits);
-      const __m512 w = _mm512_maskz_expandloadu_ps(set, at.kept[r]);
-      at.kept[r] += __builtin_popcount(bits);
+      const __m512 w = spread<kNearEnd>(at.kept[r], at.kept_end, bits);
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t)
-        acc[r][t] = _mm512_mask3_fmadd_ps(w, xs[t], acc[r][t], set);
+        acc[r][t] = _mm512_fmadd_ps(w, xs[t], acc[r][t]);
     }
   }
 
@@ -174,6 +172,15 @@ MK_AVX512 void micro_kernel(const Rows& rows, const float* x, int64_t cols, floa
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t)
       sums[r * kTokens + t] = _mm512_reduce_add_ps(acc[r][t]);
+}
+
+template <int kTokens>
+MK_AVX512 void micro_kernel(const Rows& rows, const float* x, int64_t cols, float* sums) {
+  const float* last = *std::max_element(rows.kept, rows.kept + kRows);
+  if (rows.kept_end - last < cols + kLanes)
+    multiply<true, kTokens>(rows, x, cols, sums);
+  else
+    multiply<false, kTokens>(rows, x, cols, sums);
 }
 
 constexpr Kernels kKernels = {micro_kernel<1>, micro_kernel<2>, micro_kernel<3>, micro_kernel<4>,

@@ -17,7 +17,7 @@ from .depthwise import as_pixels, depthwise, depthwise_grad_weight, depthwise_gr
 from .grad import apply_scores, masked_
 from .linear import masked_linear, masked_linear_grad_x
 from .panels import panel_linear
-from .plan import linear_plan
+from .plan import linear_plan, many_pixels
 from .product import grad_weight
 
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -26,7 +26,6 @@ Run = Callable[[Tensor], Tensor]
 
 _MANY_CHANNELS = 16  # worth copying at once
 _MOST_KEPT = 1 << 20  # weights, 4 MiB of float32
-MANY_PIXELS = 1024  # 256 pixels favour the matrix product 1.5 times, 25,088 the convolution 1.2
 
 
 def masked_conv2d(
@@ -138,7 +137,7 @@ def _product(
     if is_aligned_conv2d(size, words.shape[0], values.numel(), geometry, groups, x.dtype):
         return aligned_linear
     pixels = x.shape[0] * math.prod(out_size(x.shape[2:], geometry))
-    return panel_linear if pixels < MANY_PIXELS else None
+    return panel_linear if pixels < many_pixels(isa()) else None
 
 
 def is_aligned_conv2d(
@@ -256,7 +255,7 @@ def _is_for_library(x: Tensor, outputs: int, period: int) -> bool:
     batch, channels, height, width = x.shape
     pixels = batch * height * width
     return (
-        pixels >= MANY_PIXELS
+        pixels >= many_pixels(isa())
         and x.dtype == torch.float32
         and linear_plan(pixels, outputs, channels, period, x.dtype, isa()) == "panels"
     )

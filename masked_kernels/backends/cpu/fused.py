@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._native import native
+from ._native import isa, native
 from .aligned import Geometry, aligned_linear_fused_
-from .conv2d import MANY_PIXELS, is_aligned_conv2d, masked_conv2d, out_size
+from .conv2d import is_aligned_conv2d, masked_conv2d, out_size
 from .depthwise import as_pixels, depthwise_fused_
 from .panels import panel_linear_fused_
-from .plan import row_patterns
+from .plan import many_pixels, row_patterns
 
 Kernel = Literal["depthwise", "aligned", "panels"]
 
@@ -97,5 +97,5 @@ def kernel_of(
     # Where the library's convolution must wait for a weight that serves few pixels, or has little
     # to gain.
     pixels = batch * math.prod(out_size(spatial, geometry))
-    by_panels = pixels < MANY_PIXELS or (cols <= _FEW_COLUMNS and rows >= _MANY_ROWS)
+    by_panels = pixels < many_pixels(isa()) or (cols <= _FEW_COLUMNS and rows >= _MANY_ROWS)
     return "panels" if by_panels else None

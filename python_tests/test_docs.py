@@ -81,7 +81,7 @@ def test_support_table_is_what_the_backends_say() -> None:
 
 
 def test_speed_table_is_the_committed_run() -> None:
-    result = json.loads((ROOT / "bench" / "results" / "cpu_avx2.json").read_text())
+    result = json.loads((ROOT / "bench" / "results" / "cpu_avx512.json").read_text())
     assert between("speed") == speed_tables(result)
 
 

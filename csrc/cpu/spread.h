@@ -85,12 +85,13 @@ MK_AVX2 inline void spread_row(
 
 namespace avx512 {
 
+constexpr int64_t kSpread = 16; // values at a time
+
 // The values of sixteen columns, 0 where the bit is not set; `next` moves behind them. Reads
 // sixteen values, unless kNearEnd, then none from `end` on. As the instruction for this is
 // microcode on Zen 5, a permutation takes 3 cycles in place of 5.
 template <bool kNearEnd>
 MK_AVX512 MK_INLINE __m512 spread(const float*& next, const float* end, uint32_t bits) {
-  constexpr int64_t kLanes = 16;
   const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
   const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
   const uint64_t lanes = _pdep_u64(bits, 0x1111111111111111) * 0xf; // of the set bits, 4 bits each
@@ -99,7 +100,7 @@ MK_AVX512 MK_INLINE __m512 spread(const float*& next, const float* end, uint32_t
       _mm512_permutexvar_epi32(half, _mm512_castsi128_si512(_mm_cvtsi64_si128(places))), shift);
   const __m512 values =
       kNearEnd ? _mm512_maskz_loadu_ps(
-                     static_cast<__mmask16>(low_bits(std::min(kLanes, end - next))), next)
+                     static_cast<__mmask16>(low_bits(std::min(kSpread, end - next))), next)
                : _mm512_loadu_ps(next);
   next += __builtin_popcount(bits);
   return _mm512_maskz_permutexvar_ps(static_cast<__mmask16>(bits), index, values);
@@ -107,14 +108,13 @@ MK_AVX512 MK_INLINE __m512 spread(const float*& next, const float* end, uint32_t
 
 MK_AVX512 inline void spread_row(
     const float*& next, const float* end, const uint32_t* words, int64_t cols, float* out) {
-  constexpr int64_t kLanes = 16;
   int64_t col = 0;
   const auto bits_of = [&](int64_t col) {
-    return words[col / kWordBits] >> col % kWordBits & low_bits(kLanes);
+    return words[col / kWordBits] >> col % kWordBits & low_bits(kSpread);
   };
-  for (; col + kLanes <= cols && end - next >= kLanes; col += kLanes)
+  for (; col + kSpread <= cols && end - next >= kSpread; col += kSpread)
     _mm512_storeu_ps(out + col, spread<false>(next, end, bits_of(col)));
-  for (; col < cols; col += kLanes) {
+  for (; col < cols; col += kSpread) {
     const __m512 values = spread<true>(next, end, bits_of(col));
     _mm512_mask_storeu_ps(out + col, static_cast<__mmask16>(low_bits(cols - col)), values);
   }

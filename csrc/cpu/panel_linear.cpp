@@ -104,24 +104,24 @@ struct Kernels {
 };
 
 namespace scalar {
-constexpr int64_t kRows = 16;
+constexpr int64_t kPanelRows = 16;
 void fill(const Rows& rows, float* panel) {
-  fill_body<kRows>(rows, 0, panel);
+  fill_body<kPanelRows>(rows, 0, panel);
 }
 template <int kTokens>
 void multiply(const float* panel, const float* const* x, int64_t cols, float* sums) {
-  multiply_body<4, kRows, kTokens>(panel, x, cols, sums);
+  multiply_body<4, kPanelRows, kTokens>(panel, x, cols, sums);
 }
 void store(const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
-  store_body<4, kRows>(p, token, count, row, sums);
+  store_body<4, kPanelRows>(p, token, count, row, sums);
 }
-constexpr Kernels kKernels = {spread_row, fill, store, kRows, 2, {multiply<1>, multiply<2>}};
+constexpr Kernels kKernels = {spread_row, fill, store, kPanelRows, 2, {multiply<1>, multiply<2>}};
 } // namespace scalar
 
 #if MK_X86
 namespace avx2 {
 
-constexpr int64_t kRows = 16;
+constexpr int64_t kPanelRows = 16;
 
 // Eight rows and four columns at a time. Once they are transposed, the bits of a column are those
 // of eight words in the same place, which a shift takes to the signs of the lanes.
@@ -174,29 +174,29 @@ MK_AVX2 void fill(const Rows& rows, float* panel) {
 }
 template <int kTokens>
 MK_AVX2 void multiply(const float* panel, const float* const* x, int64_t cols, float* sums) {
-  multiply_body<8, kRows, kTokens>(panel, x, cols, sums);
+  multiply_body<8, kPanelRows, kTokens>(panel, x, cols, sums);
 }
 MK_AVX2 void store(
     const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
-  store_body<8, kRows>(p, token, count, row, sums);
+  store_body<8, kPanelRows>(p, token, count, row, sums);
 }
-constexpr Kernels kKernels = {spread_row, fill<kRows>, store, kRows, 6,
+constexpr Kernels kKernels = {spread_row, fill<kPanelRows>, store, kPanelRows, 6,
     {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>}};
 } // namespace avx2
 
 namespace avx512 {
 
-constexpr int64_t kRows = 32; // two vectors: half the loads of x of one
+constexpr int64_t kPanelRows = 32; // two vectors: half the loads of x of one
 
 template <int kTokens>
 MK_AVX512 void multiply(const float* panel, const float* const* x, int64_t cols, float* sums) {
-  multiply_body<16, kRows, kTokens>(panel, x, cols, sums);
+  multiply_body<16, kPanelRows, kTokens>(panel, x, cols, sums);
 }
 MK_AVX512 void store(
     const PanelLinear& p, int64_t token, int64_t count, int64_t row, const float* sums) {
-  store_body<16, kRows>(p, token, count, row, sums);
+  store_body<16, kPanelRows>(p, token, count, row, sums);
 }
-constexpr Kernels kKernels = {spread_row, avx2::fill<kRows>, store, kRows, 12,
+constexpr Kernels kKernels = {spread_row, avx2::fill<kPanelRows>, store, kPanelRows, 12,
     {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>, multiply<7>,
         multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>}};
 } // namespace avx512

@@ -27,6 +27,7 @@ from masked_kernels.backends.cpu.plan import (
     grad_x_plan,
     linear_decision,
     linear_plan,
+    many_pixels,
     row_patterns,
 )
 
@@ -141,6 +142,10 @@ def test_every_plan_is_right(plan, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_product_plans(sizes, dtype, isa, grad_weight, grad_x) -> None:
     assert grad_weight_plan(*sizes, dtype, isa) == grad_weight
     assert grad_x_plan(*sizes, dtype, isa) == grad_x
+
+
+def test_the_library_serves_fewer_pixels_with_avx512() -> None:
+    assert many_pixels("avx512") < many_pixels("avx2") == many_pixels("scalar")
 
 
 @pytest.mark.parametrize("plan", get_args(Product))

@@ -322,10 +322,13 @@ void aligned_linear(const AlignedLinear& p, const Exec& exec) {
       token += pass.tokens;
     }
   };
-  const auto multiply_in_turn = [&](int64_t begin, int64_t end, int64_t token, int64_t token_end) {
-    for (; begin < end; begin += std::min(passes.blocks, end - begin))
-      multiply(
-          tiles_in_turn(begin, begin + std::min(passes.blocks, end - begin)), token, token_end);
+  // Blocks [begin, end), as many at once as `tiles_of` may make tiles of.
+  const auto multiply_all = [&](const auto& tiles_of, int64_t begin, int64_t end, int64_t token,
+                                int64_t token_end) {
+    for (int64_t next; begin < end; begin = next) {
+      next = begin + std::min(passes.blocks, end - begin);
+      multiply(tiles_of(begin, next), token, token_end);
+    }
   };
 
   // Threads share tokens, each building its own tables, or blocks when there are few tokens. What
@@ -337,20 +340,16 @@ void aligned_linear(const AlignedLinear& p, const Exec& exec) {
   if (share_tokens(p, passes, exec))
     exec.parallel.run(
         0, units, ceil_div(kGrain, blocks * block * unit + 1), [&](int64_t begin, int64_t end) {
-          multiply_in_turn(0, blocks, begin * unit, std::min(end * unit, p.tokens));
+          multiply_all(tiles_in_turn, 0, blocks, begin * unit, std::min(end * unit, p.tokens));
         });
   else if (p.tokens == 0)
     return;
   else if (p.patterns % (kBlockRows * threads) != 0 && rows.blocks(0) >= threads)
     exec.parallel.run(0, rows.blocks(0), ceil_div(kGrain, p.tokens * block * p.patterns),
-        [&](int64_t begin, int64_t end) {
-          for (; begin < end; begin += std::min(passes.blocks, end - begin))
-            multiply(
-                tiles_of_each(begin, begin + std::min(passes.blocks, end - begin)), 0, p.tokens);
-        });
+        [&](int64_t begin, int64_t end) { multiply_all(tiles_of_each, begin, end, 0, p.tokens); });
   else
     exec.parallel.run(0, blocks, ceil_div(kGrain, p.tokens * block),
-        [&](int64_t begin, int64_t end) { multiply_in_turn(begin, end, 0, p.tokens); });
+        [&](int64_t begin, int64_t end) { multiply_all(tiles_in_turn, begin, end, 0, p.tokens); });
 }
 
 } // namespace masked_kernels

@@ -151,8 +151,7 @@ MK_INLINE void add_looked_up_body(const uint32_t* tile, int64_t tile_stride, int
     const float* tables, bool first, float* sums) {
   constexpr int kTokens = kVectors * kLanes;
   constexpr int kLogTokens = __builtin_ctz(kTokens);
-  uint64_t offset_bits = (kSubsets - 1) * kTokens;
-  asm("" : "+r"(offset_bits)); // a register: as a constant it would lengthen every instruction
+  constexpr uint32_t kOffsets = (kSubsets - 1) * kTokens;
   for (int64_t word = 0; word < words; ++word) // of the next block, too far on to be foreseen
     __builtin_prefetch(tile + tile_stride + word * kBlockRows);
   for (int64_t row = 0; row < kBlockRows; row += kRows, sums += kRows * kTokens) {
@@ -174,7 +173,7 @@ MK_INLINE void add_looked_up_body(const uint32_t* tile, int64_t tile_stride, int
         for (int r = 0; r < kRows; ++r) {
           // A rotation: one instruction to another register, where a shift takes two.
           const int by = (i * kTableColumns + r % 2 * kWordBits - kLogTokens) & 63;
-          uint64_t offset = (bits[r / 2] >> by | bits[r / 2] << (-by & 63)) & offset_bits;
+          uint64_t offset = (bits[r / 2] >> by | bits[r / 2] << (-by & 63)) & kOffsets;
           // One offset before the sum that needs the one before: GCC makes all first, and spills.
           if constexpr (kVectors == 1)
             asm volatile("" : "+r"(offset), "+v"(acc[r][0]));

@@ -19,10 +19,6 @@
 namespace masked_kernels {
 namespace {
 
-int64_t tile_words(int64_t cols) {
-  return ceil_div(cols, kTileColumns);
-}
-
 // The outputs of `rows` (at most 16) adjacent rows for some tokens.
 struct Block {
   const AlignedLinear& params;
@@ -168,17 +164,16 @@ void multiply_tile(const AlignedLinear& p, const Tile& tile, const Kernels& kern
   const int64_t y_lines = ceil_div(y_ahead.lines(), calls),
                 x_lines = ceil_div(x_ahead.lines(), calls);
   for (int64_t word = 0; word < words; word += pass.words) {
-    const int64_t count = std::min(pass.words, words - word);
-    const int64_t col = word * kTileColumns, columns = count * kTileColumns;
-    pass.build_tables({tokens.x + col, tokens.stride, tokens.count, std::min(columns, p.cols - col),
-                          tile.values + col},
-        columns, tables);
+    const int64_t col = word * kTileColumns;
+    const int64_t columns = std::min(pass.words * kTileColumns, p.cols - col);
+    pass.build_tables({tokens.x + col, tokens.stride, tokens.count, columns, tile.values + col},
+        tile_words(columns) * kTileColumns, tables);
     for (int64_t block = 0; block < tile.blocks();) {
       const bool full = block + pass.blocks <= tile.blocks();
       const int64_t count_of = full ? pass.blocks : 1;
       Vector* sums = &space.sums[block * pass.tokens];
       (full ? pass.kernel : pass.single)(tile.words + (block * words + word) * kBlockRows,
-          words * kBlockRows, count, tables, word == 0, sums->lane, y_ahead.take(y_lines),
+          words * kBlockRows, columns, tables, word == 0, sums->lane, y_ahead.take(y_lines),
           x_ahead.take(x_lines));
       block += count_of;
     }

@@ -28,6 +28,10 @@ constexpr int64_t kMostScaled = kMostFewTokens * kFewWords * kTileColumns;
 constexpr int64_t kRunWords = 3;
 constexpr int64_t kAllBlocks = INT64_MAX;
 
+int64_t tile_words(int64_t columns) {
+  return ceil_div(columns, kTileColumns);
+}
+
 // Columns of some tokens: x [tokens, stride], of which `count` columns are multiplied by a value
 // each. Those that tables have above that are 0.
 struct Columns {
@@ -50,10 +54,10 @@ struct Columns {
 // The tables of `columns` columns, a multiple of kTileColumns.
 using BuildTables = void (*)(const Columns& x, int64_t columns, float* tables);
 
-// sums [blocks, tokens, 16] += what the rows' bits look up in the tables of `words` words of
-// columns; = with the first words. A block's tile is [words, 16]; that of the next block lies
-// `tile_stride` words on.
-using MicroKernel = void (*)(const uint32_t* tiles, int64_t tile_stride, int64_t words,
+// sums [blocks, tokens, 16] += what the rows' bits look up in the tables of `columns` columns; =
+// with the first columns. A block's tile is [words, 16]; that of the next block lies `tile_stride`
+// words on.
+using MicroKernel = void (*)(const uint32_t* tiles, int64_t tile_stride, int64_t columns,
     const float* tables, bool first, float* sums, const Ahead& y_ahead, const Ahead& x_ahead);
 
 // by_token [tokens, 16] = sums [16, tokens]
@@ -101,11 +105,11 @@ struct Passes {
 namespace scalar {
 
 template <int kTokens>
-void micro_kernel(const uint32_t* tile, int64_t, int64_t words, const float* tables, bool first,
+void micro_kernel(const uint32_t* tile, int64_t, int64_t columns, const float* tables, bool first,
     float* sums, const Ahead&, const Ahead&) {
   if (first)
     std::fill_n(sums, kTokens * kBlockRows, 0.0f);
-  for (int64_t word = 0; word < words; ++word) {
+  for (int64_t word = 0; word < tile_words(columns); ++word) {
     float acc[kTokens * kBlockRows] = {};
     for (int64_t table = 0; table < kWordTables; ++table, tables += kTokens * kSubsets)
       for (int64_t lane = 0; lane < kBlockRows; ++lane) {
@@ -147,11 +151,12 @@ constexpr Passes kPasses = {{pass<1>(), pass<2>(), pass<3>(), pass<4>(), pass<5>
 
 // sums [blocks, 16, tokens], those of `kRows` rows at once in registers
 template <int kLanes, int kVectors, int kRows>
-MK_INLINE void add_looked_up_body(const uint32_t* tile, int64_t tile_stride, int64_t words,
+MK_INLINE void add_looked_up_body(const uint32_t* tile, int64_t tile_stride, int64_t columns,
     const float* tables, bool first, float* sums) {
   constexpr int kTokens = kVectors * kLanes;
   constexpr int kLogTokens = __builtin_ctz(kTokens);
   constexpr uint32_t kOffsets = (kSubsets - 1) * kTokens;
+  const int64_t words = tile_words(columns), count = ceil_div(columns, kTableColumns);
   for (int64_t word = 0; word < words; ++word) // of the next block, too far on to be foreseen
     __builtin_prefetch(tile + tile_stride + word * kBlockRows);
   for (int64_t row = 0; row < kBlockRows; row += kRows, sums += kRows * kTokens) {
@@ -168,7 +173,9 @@ MK_INLINE void add_looked_up_body(const uint32_t* tile, int64_t tile_stride, int
       for (int r = 0; r < kRows; r += 2)
         std::memcpy(&bits[r / 2], tile + word * kBlockRows + row + r, sizeof bits[0]);
 #pragma GCC unroll 8
-      for (int i = 0; i < kWordTables; ++i, table += kSubsets * kTokens)
+      for (int i = 0; i < kWordTables; ++i, table += kSubsets * kTokens) {
+        if (word * kWordTables + i == count)
+          break;
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
           // A rotation: one instruction to another register, where a shift takes two.
@@ -184,6 +191,7 @@ MK_INLINE void add_looked_up_body(const uint32_t* tile, int64_t tile_stride, int
           for (int v = 0; v < kVectors; ++v)
             acc[r][v] += load<kLanes>(sums_of + v * kLanes);
         }
+      }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
@@ -195,30 +203,18 @@ MK_INLINE void add_looked_up_body(const uint32_t* tile, int64_t tile_stride, int
   }
 }
 
-// tables [columns / 5, 32, tokens]
-template <int kLanes, int kVectors, int64_t kMostWords>
-MK_INLINE void build_token_tables_body(const Columns& x, int64_t columns, float* tables) {
+// tables [columns / 5, 32, tokens] of x [columns, stride], a value for each column.
+template <int kLanes, int kVectors>
+MK_INLINE void add_up_subsets(
+    const float* x, int64_t stride, const float* values, int64_t columns, float* tables) {
   constexpr int kTokens = kVectors * kLanes;
-  constexpr int64_t kMostColumns = kMostWords * kTileColumns;
-  float padded[kTokens * kMostColumns], values[kMostColumns];
-  const float *from = x.x, *value = x.values;
-  int64_t stride = x.stride;
-  if (x.tokens < kTokens || x.count < columns) {
-    std::fill_n(padded, kTokens * columns, 0.0f);
-    for (int64_t t = 0; t < x.tokens; ++t)
-      std::copy_n(x.x + t * x.stride, x.count, padded + t * columns);
-    std::fill_n(std::copy_n(x.values, x.count, values), columns - x.count, 0.0f);
-    from = padded, value = values, stride = columns;
-  }
-  alignas(64) float by_column[kMostColumns][kTokens];
-  transpose_squares(from, stride, kTokens, columns, by_column[0]);
   for (int64_t k = 0; k < columns; k += kTableColumns, tables += kSubsets * kTokens)
 #pragma GCC unroll 2
     for (int v = 0; v < kTokens; v += kLanes) {
       Floats<kLanes> with[kTableColumns];
 #pragma GCC unroll 8
       for (int j = 0; j < kTableColumns; ++j)
-        with[j] = load<kLanes>(&by_column[k + j][v]) * value[k + j];
+        with[j] = load<kLanes>(x + (k + j) * stride + v) * values[k + j];
       Floats<kLanes> low[kSubsets / 4] = {}; // subsets of the first three columns
 #pragma GCC unroll 4
       for (int j = 0; j < kTableColumns - 2; ++j)
@@ -235,6 +231,26 @@ MK_INLINE void build_token_tables_body(const Columns& x, int64_t columns, float*
     }
 }
 
+template <int kLanes, int kVectors, int64_t kMostWords>
+MK_INLINE void build_token_tables_body(const Columns& x, int64_t columns, float* tables) {
+  constexpr int kTokens = kVectors * kLanes;
+  constexpr int64_t kMostColumns = kMostWords * kTileColumns;
+  float padded[kTokens * kMostColumns], values[kMostColumns];
+  const float *from = x.x, *value = x.values;
+  int64_t stride = x.stride;
+  if (x.tokens < kTokens || x.count < columns) {
+    std::fill_n(padded, kTokens * columns, 0.0f);
+    for (int64_t t = 0; t < x.tokens; ++t)
+      std::copy_n(x.x + t * x.stride, x.count, padded + t * columns);
+    std::fill_n(std::copy_n(x.values, x.count, values), columns - x.count, 0.0f);
+    from = padded, value = values, stride = columns;
+  }
+  alignas(64) float by_column[kMostColumns][kTokens];
+  transpose_squares(from, stride, kTokens, columns, by_column[0]);
+  add_up_subsets<kLanes, kVectors>(
+      by_column[0], kTokens, value, ceil_div(x.count, kTableColumns) * kTableColumns, tables);
+}
+
 template <int kTokens>
 void by_token(const float* sums, float* by_token) {
   transpose_squares(sums, kTokens, kBlockRows, kTokens, by_token);
@@ -248,10 +264,11 @@ constexpr int64_t kColumns = 3, kTables = kTileColumns / kColumns;
 
 // As in avx512, but the totals stay in memory: registers are few.
 template <int kBlocks, int kTokens>
-MK_AVX2 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t words,
+MK_AVX2 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t columns,
     const float* tables, bool first, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
   y_ahead.fetch();
   x_ahead.fetch();
+  const int64_t words = tile_words(columns);
   for (int64_t word = 0; word < words; ++word, tiles += kBlockRows) {
     __m256i index[2 * kBlocks];
     __m256 acc[2 * kBlocks][kTokens];
@@ -315,12 +332,12 @@ constexpr int kTokenLanes = 8;
 constexpr int64_t kManyWords = 4; // of columns whose tables for 8 tokens fit the L1 cache
 
 template <int kVectors>
-MK_AVX2 void add_looked_up(const uint32_t* tile, int64_t tile_stride, int64_t words,
+MK_AVX2 void add_looked_up(const uint32_t* tile, int64_t tile_stride, int64_t columns,
     const float* tables, bool first, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
   y_ahead.fetch();
   x_ahead.fetch();
   add_looked_up_body<kTokenLanes, kVectors, 8 / kVectors>(
-      tile, tile_stride, words, tables, first, sums);
+      tile, tile_stride, columns, tables, first, sums);
 }
 
 template <int kVectors>
@@ -383,10 +400,10 @@ MK_AVX512 MK_INLINE void add_run(const uint32_t* tiles, int64_t tile_stride, int
 }
 
 template <int kBlocks, int kTokens>
-MK_AVX512 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t words,
+MK_AVX512 void micro_kernel(const uint32_t* tiles, int64_t tile_stride, int64_t columns,
     const float* tables, bool first, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
   Ahead y_rest = y_ahead, x_rest = x_ahead;
-  const int64_t runs = ceil_div(words, kRunWords);
+  const int64_t words = tile_words(columns), runs = ceil_div(words, kRunWords);
   const int64_t y_lines = ceil_div(y_ahead.lines(), runs),
                 x_lines = ceil_div(x_ahead.lines(), runs);
   for (int64_t word = 0; word < words; word += kRunWords) {
@@ -421,11 +438,11 @@ constexpr Pass few() {
 
 constexpr int64_t kManyWords = 3; // of columns whose tables for 16 tokens fit the L1 cache
 
-MK_AVX512 void add_looked_up(const uint32_t* tile, int64_t tile_stride, int64_t words,
+MK_AVX512 void add_looked_up(const uint32_t* tile, int64_t tile_stride, int64_t columns,
     const float* tables, bool first, float* sums, const Ahead& y_ahead, const Ahead& x_ahead) {
   y_ahead.fetch();
   x_ahead.fetch();
-  add_looked_up_body<kMostTokens, 1, kBlockRows>(tile, tile_stride, words, tables, first, sums);
+  add_looked_up_body<kMostTokens, 1, kBlockRows>(tile, tile_stride, columns, tables, first, sums);
 }
 
 MK_AVX512 void build_token_tables(const Columns& x, int64_t columns, float* tables) {

@@ -7,45 +7,61 @@
 
 namespace masked_kernels {
 
-// The epilogue of `count` channels from `channel` on, a vector or less. It holds all that it needs:
-// no store to the outputs can change it.
+template <int kLanes, int kVectors>
+MK_INLINE void activate(Activation activation, Floats<kLanes> (&v)[kVectors]) {
+  if (activation == Activation::gelu)
+    gelu<kLanes>(v);
+  else if (activation == Activation::relu)
+    for (Floats<kLanes>& each : v)
+      each = max_of<kLanes>(Floats<kLanes>{}, each); // NaN stays NaN
+}
+
+// An affine map of a vector: of `count` channels from `channel` on, or of pixels of one channel.
+template <int kLanes>
+struct Map {
+  Floats<kLanes> gain, shift;
+
+  MK_INLINE Map(const Affine& affine, int64_t channel, int64_t count)
+      : gain(load<kLanes>(affine.gain + channel, count)),
+        shift(load<kLanes>(affine.shift + channel, count)) {}
+
+  MK_INLINE Map(const Affine& affine, int64_t channel)
+      : gain(splat<kLanes>(affine.gain[channel])), shift(splat<kLanes>(affine.shift[channel])) {}
+
+  MK_INLINE Floats<kLanes> operator()(const Floats<kLanes>& v) const { return v * gain + shift; }
+};
+
+// The epilogue of `count` channels from `channel` on, a vector or less, or, without a count, of
+// pixels of one channel. It holds all that it needs: no store to the outputs can change it.
 template <int kLanes>
 class Finish {
  public:
-  MK_INLINE Finish(const Epilogue& epilogue, int64_t channel, int64_t count)
-      : before_(epilogue.before, channel, count), after_(epilogue.after, channel, count),
-        activation_(epilogue.activation), residual_(epilogue.residual), count_(count) {}
+  template <class... Count>
+  MK_INLINE Finish(const Epilogue& epilogue, int64_t channel, Count... count)
+      : before_(epilogue.before, channel, count...), after_(epilogue.after, channel, count...),
+        activation_(epilogue.activation), residual_(epilogue.residual) {
+    if constexpr (sizeof...(count) > 0)
+      count_ = (count, ...);
+  }
 
   // Several vectors of outputs; those of y[at + i * step] and the following are v[i].
   template <int kVectors>
   MK_INLINE void operator()(Floats<kLanes> (&v)[kVectors], int64_t at, int64_t step = 0) const {
     for (Floats<kLanes>& each : v)
-      each = each * before_.gain + before_.shift;
-    if (activation_ == Activation::gelu)
-      gelu<kLanes>(v);
-    else if (activation_ == Activation::relu)
-      for (Floats<kLanes>& each : v)
-        each = max_of<kLanes>(Floats<kLanes>{}, each); // NaN stays NaN
+      each = before_(each);
+    activate<kLanes>(activation_, v);
     for (int i = 0; i < kVectors; ++i) {
-      v[i] = v[i] * after_.gain + after_.shift;
+      v[i] = after_(v[i]);
       if (residual_)
         v[i] += load<kLanes>(residual_ + at + i * step, count_);
     }
   }
 
  private:
-  struct Channels {
-    Floats<kLanes> gain, shift;
-
-    MK_INLINE Channels(const Affine& affine, int64_t channel, int64_t count)
-        : gain(load<kLanes>(affine.gain + channel, count)),
-          shift(load<kLanes>(affine.shift + channel, count)) {}
-  };
-
-  Channels before_, after_;
+  Map<kLanes> before_, after_;
   Activation activation_;
   const float* residual_;
-  int64_t count_;
+  int64_t count_ = kLanes;
 };
 
 // A vector or less of adjacent channels in several pixels, from sums [pixels, sum_stride] to

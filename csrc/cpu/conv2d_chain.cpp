@@ -11,6 +11,18 @@
 namespace masked_kernels {
 namespace {
 
+using Step = MaskedConv2dChain::Step;
+
+// Steps that follow one another.
+struct Steps {
+  const Step *begin_, *end_;
+
+  const Step* begin() const { return begin_; }
+  const Step* end() const { return end_; }
+  size_t size() const { return end_ - begin_; }
+  const Step& operator[](size_t i) const { return begin_[i]; }
+};
+
 void run(const DepthwiseConv2d& conv, const Exec& exec) {
   depthwise_conv2d(conv, exec);
 }
@@ -27,55 +39,124 @@ bool can_be_in_place(const PanelLinear&, const Exec&) {
   return false;
 }
 
-// The chain with memory for what its steps but the last make of an image: one place where they can
-// work in place, else two to go to and fro between.
+// The step, of x, to y.
+template <class Conv>
+Conv placed(Conv conv, bool adds_input, const float* x, float* y) {
+  conv.x = x;
+  conv.y = y;
+  conv.epilogue.residual = adds_input ? x : nullptr;
+  return conv;
+}
+
+// Steps of an image with memory for what all but the last make: one place where they can work in
+// place, else two to go to and fro between.
 class Worker {
  public:
-  Worker(const MaskedConv2dChain& chain, const Exec& exec)
-      : chain_(chain), exec_(exec), places_(chain.steps.size()) {
+  Worker(const Steps& steps, const Exec& exec) : steps_(steps), exec_(exec), places_(steps.size()) {
     int64_t largest = 0;
-    for (size_t i = 0; i + 1 < chain.steps.size(); ++i) {
+    for (size_t i = 0; i + 1 < steps.size(); ++i) {
       const bool stays =
-          i == 0 || std::visit([&](const auto& conv) { return can_be_in_place(conv, exec); },
-                        chain.steps[i].conv);
+          i == 0 ||
+          std::visit([&](const auto& conv) { return can_be_in_place(conv, exec); }, steps[i].conv);
       const int before = i == 0 ? 0 : places_[i - 1];
       places_[i] = stays ? before : 1 - before;
-      largest = std::max(largest, chain.steps[i].outputs);
+      largest = std::max(largest, steps[i].outputs);
     }
     for (const int place : places_)
       if (memory_[place].data() == nullptr)
         memory_[place] = Buffer(largest);
   }
 
-  void operator()(int64_t image) const {
-    const float* x = chain_.x + image * chain_.inputs;
-    for (size_t i = 0; i < chain_.steps.size(); ++i) {
-      const MaskedConv2dChain::Step& step = chain_.steps[i];
-      const bool is_last = i + 1 == chain_.steps.size();
-      float* const y = is_last ? chain_.y + image * step.outputs : memory_[places_[i]].data();
-      std::visit(
-          [&](auto conv) {
-            conv.x = x;
-            conv.y = y;
-            conv.epilogue.residual = step.adds_input ? x : nullptr;
-            run(conv, exec_);
-          },
-          step.conv);
-      x = y;
+  void operator()(const float* x, float* y) const {
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      float* const to = i + 1 == steps_.size() ? y : memory_[places_[i]].data();
+      std::visit([&](const auto& conv) { run(placed(conv, steps_[i].adds_input, x, to), exec_); },
+          steps_[i].conv);
+      x = to;
     }
   }
 
  private:
-  const MaskedConv2dChain& chain_;
+  const Steps steps_;
   const Exec& exec_;
   std::vector<int> places_; // of what each step makes, in memory_
   Buffer memory_[2];
 };
 
-// All images: each by one thread, or by all threads where fewer than they are left.
+#if MK_X86
+void run_in(const Planes& planes, const DepthwiseConv2d& conv, const Exec& exec) {
+  depthwise_planes(planes, conv, exec);
+}
+
+void run_in(const Planes& planes, const AlignedLinear& conv, const Exec& exec) {
+  aligned_planes(planes, conv, exec);
+}
+
+void run_in(const Planes&, const PanelLinear&, const Exec&) {} // has no planes
+
+bool has_planes(const PanelLinear&) {
+  return false;
+}
+
+// Steps that have planes, the first ones perhaps before them.
+class PlanesWorker {
+ public:
+  // Where the last steps have them, all of one size, and are enough to pay for the way there and
+  // back.
+  struct Plan {
+    Planes planes;
+    Steps before, steps;
+
+    static std::optional<Plan> of(const Steps& all, Isa isa) {
+      std::optional<Planes> planes;
+      const Step* first = all.end();
+      const auto has = [](const Step& step) {
+        return std::visit([](const auto& conv) { return has_planes(conv); }, step.conv);
+      };
+      for (; isa != Isa::scalar && first != all.begin() && has(first[-1]); --first)
+        if (const auto* conv = std::get_if<DepthwiseConv2d>(&first[-1].conv))
+          planes = Planes{conv->channels, conv->height, conv->width};
+      if (all.end() - first < 2 || !planes || !planes->are_whole_vectors())
+        return std::nullopt;
+      return Plan{*planes, {all.begin(), first}, {first, all.end()}};
+    }
+  };
+
+  PlanesWorker(const Plan& plan, const Exec& exec)
+      : plan_(plan), exec_(exec), before_(plan.before, exec),
+        memory_(plan.planes.channels * plan.planes.stride()) {
+    if (plan.before.size() > 0)
+      pixels_ = Buffer(plan.planes.channels * plan.planes.pixels());
+  }
+
+  void operator()(const float* x, float* y) const {
+    if (plan_.before.size() > 0) {
+      before_(x, pixels_.data());
+      x = pixels_.data();
+    }
+    float* const at = memory_.data();
+    to_planes(plan_.planes, x, at, exec_);
+    for (const Step& step : plan_.steps)
+      std::visit(
+          [&](const auto& conv) {
+            run_in(plan_.planes, placed(conv, step.adds_input, at, at), exec_);
+          },
+          step.conv);
+    from_planes(plan_.planes, at, y, exec_);
+  }
+
+ private:
+  const Plan& plan_;
+  const Exec& exec_;
+  Worker before_;
+  Buffer pixels_, memory_;
+};
+#endif
+
+// Each image by one thread, or by all threads where fewer images than they are left.
 template <class WorkerFor>
 void each_image(const MaskedConv2dChain& p, const Exec& exec, const WorkerFor& worker_for) {
-  const int64_t threads = exec.parallel.threads();
+  const int64_t threads = exec.parallel.threads(), outputs = p.steps.back().outputs;
   const int64_t alone = p.images / threads * threads; // images that one thread does
   std::atomic<int64_t> next{0};
   exec.parallel.run(0, std::min(alone, threads), 1, [&](int64_t, int64_t) {
@@ -83,98 +164,46 @@ void each_image(const MaskedConv2dChain& p, const Exec& exec, const WorkerFor& w
     const Exec own{exec.isa, serial};
     const auto worker = worker_for(own);
     for (int64_t image; (image = next++) < alone;)
-      worker(image);
+      worker(p.x + image * p.inputs, p.y + image * outputs);
   });
   if (alone < p.images) {
     const auto worker = worker_for(exec);
     for (int64_t image = alone; image < p.images; ++image)
-      worker(image);
+      worker(p.x + image * p.inputs, p.y + image * outputs);
   }
 }
 
-#if MK_X86
-// The decoded weight of each depthwise step; none of the others.
-std::vector<Buffer> filters_of(const MaskedConv2dChain& chain, const Exec& exec) {
-  std::vector<Buffer> filters(chain.steps.size());
-  exec.parallel.run(0, chain.steps.size(), 1, [&](int64_t begin, int64_t end) {
-    const Serial serial;
-    for (int64_t i = begin; i < end; ++i)
-      if (const auto* conv = std::get_if<DepthwiseConv2d>(&chain.steps[i].conv)) {
-        const int64_t taps = conv->kernel_h * conv->kernel_w;
-        filters[i] = Buffer(conv->channels * taps);
-        decode({conv->values, conv->period, sizeof(float), conv->words, taps, 0, conv->channels,
-                   filters[i].data()},
-            {exec.isa, serial});
-      }
-  });
-  return filters;
+// All images at once.
+void run_batch(DepthwiseConv2d conv, int64_t images, const Exec& exec) {
+  conv.batch *= images;
+  run(conv, exec);
 }
 
-// The chain in planes, where all steps have them and keep the image's size: in one place.
-class PlanesWorker {
- public:
-  PlanesWorker(const MaskedConv2dChain& chain, const Planes& planes,
-      const std::vector<Buffer>& filters, const Exec& exec)
-      : chain_(chain), planes_(planes), filters_(filters), exec_(exec),
-        memory_(planes.channels * planes.stride()) {}
-
-  void operator()(int64_t image) const {
-    to_planes(planes_, chain_.x + image * chain_.inputs, memory_.data(), exec_);
-    for (size_t i = 0; i < chain_.steps.size(); ++i)
-      std::visit(
-          [&](auto conv) {
-            conv.x = conv.y = memory_.data();
-            conv.epilogue.residual = chain_.steps[i].adds_input ? conv.x : nullptr;
-            run(conv, filters_[i].data());
-          },
-          chain_.steps[i].conv);
-    from_planes(planes_, memory_.data(), chain_.y + image * chain_.inputs, exec_);
-  }
-
-  // Of an image, if the chain can be run so.
-  static std::optional<Planes> planes_of(const MaskedConv2dChain& chain, Isa isa) {
-    std::optional<Planes> planes;
-    bool all = isa != Isa::scalar;
-    for (const MaskedConv2dChain::Step& step : chain.steps)
-      if (const auto* conv = std::get_if<DepthwiseConv2d>(&step.conv)) {
-        planes = Planes{conv->channels, conv->height, conv->width};
-        all = all && has_planes(*conv);
-      } else if (const auto* linear = std::get_if<AlignedLinear>(&step.conv)) {
-        all = all && has_planes(*linear);
-      } else {
-        all = false;
-      }
-    return all && planes && planes->are_whole_vectors() ? planes : std::nullopt;
-  }
-
- private:
-  void run(const DepthwiseConv2d& conv, const float* filters) const {
-    depthwise_planes(planes_, conv, filters, exec_);
-  }
-
-  void run(const AlignedLinear& conv, const float*) const { aligned_planes(planes_, conv, exec_); }
-
-  void run(const PanelLinear&, const float*) const {} // has no planes
-
-  const MaskedConv2dChain& chain_;
-  const Planes planes_;
-  const std::vector<Buffer>& filters_;
-  const Exec& exec_;
-  Buffer memory_;
-};
-#endif
+template <class Linear>
+void run_batch(Linear conv, int64_t images, const Exec& exec) {
+  conv.tokens *= images;
+  run(conv, exec);
+}
 
 } // namespace
 
 void masked_conv2d_chain(const MaskedConv2dChain& p, const Exec& exec) {
+  const Steps steps{p.steps.data(), p.steps.data() + p.steps.size()};
+  if (steps.size() == 1) {
+    std::visit(
+        [&](const auto& conv) {
+          run_batch(placed(conv, steps[0].adds_input, p.x, p.y), p.images, exec);
+        },
+        steps[0].conv);
+    return;
+  }
 #if MK_X86
-  if (const auto planes = PlanesWorker::planes_of(p, exec.isa)) {
-    const std::vector<Buffer> filters = filters_of(p, exec);
-    each_image(p, exec, [&](const Exec& own) { return PlanesWorker(p, *planes, filters, own); });
+  if (const auto plan = PlanesWorker::Plan::of(steps, exec.isa)) {
+    each_image(p, exec, [&](const Exec& own) { return PlanesWorker(*plan, own); });
     return;
   }
 #endif
-  each_image(p, exec, [&](const Exec& own) { return Worker(p, own); });
+  each_image(p, exec, [&](const Exec& own) { return Worker(steps, own); });
 }
 
 } // namespace masked_kernels

@@ -5,6 +5,7 @@
 #include "buffer.h"
 #include "epilogue.h"
 #include "planes.h"
+#include "row_windows.h"
 
 #include <algorithm>
 
@@ -49,41 +50,52 @@ MK_INLINE void convolve_rows(
   }
 }
 
-template <int kLanes, int kKernel>
-MK_INLINE void convolve_body(const Planes& planes, const DepthwiseConv2d& p, const float* filters,
-    int64_t channel, int64_t end) {
-  const Padded padded{planes.height, planes.width, kKernel};
-  constexpr int64_t kTaps = int64_t{kKernel} * kKernel;
-  const Buffer buffer = Buffer::zeros(2 * padded.floats());
-  // Of the next plane while this one is in work: what was just stored cannot be loaded at once by
-  // vectors that begin elsewhere.
-  const auto copy = [&](int64_t channel) MK_INLINE_LAMBDA {
-    const float* from = p.x + channel * planes.stride();
-    float* to =
-        buffer.data() + channel % 2 * padded.floats() + padded.first_patch() + padded.center();
-    for (int64_t row = 0; row < planes.height; ++row, to += padded.stride())
-      for (int64_t column = 0; column < planes.width; column += kLanes, from += kLanes)
-        store<kLanes>(to + column, load<kLanes>(from));
-  };
-  for (; channel < end; ++channel) {
+// filter [taps] = the values whose bit is set, else 0
+template <int kLanes, int64_t kTaps>
+MK_INLINE void load_filter(const float* values, const uint32_t* words, float* filter) {
+  Ints<kLanes> lane;
+  for (int i = 0; i < kLanes; ++i)
+    lane[i] = i;
+#pragma GCC unroll 16
+  for (int64_t tap = 0; tap < kTaps; tap += kLanes) {
+    const int64_t count = std::min<int64_t>(kTaps - tap, kLanes);
+    const Ints<kLanes> bits = (Ints<kLanes>{} + static_cast<int32_t>(words[tap / kWordBits])) >>
+                              (lane + static_cast<int32_t>(tap % kWordBits));
+    const Floats<kLanes> kept =
+        (bits & 1) != 0 ? load<kLanes>(values + tap, count) : Floats<kLanes>{};
+    store<kLanes>(filter + tap, kept, count);
+  }
+}
 
-    copy(channel);
-    const float* const patches =
-        buffer.data() + channel % 2 * padded.floats() + padded.first_patch();
+// Channels [channel, end) of planes.
+template <int kLanes, int kKernel>
+MK_INLINE void convolve_body(const Planes& planes, const DepthwiseConv2d& p,
+    const RowWindows<float>& windows, int64_t channel, int64_t end) {
+  constexpr int64_t kTaps = int64_t{kKernel} * kKernel;
+  const Padded padded{planes.height, planes.width, kKernel};
+  const Buffer buffer = Buffer::zeros(padded.floats());
+  float* const patches = buffer.data() + padded.first_patch();
+  float filter[kTaps];
+  for (; channel < end; ++channel) {
+    load_filter<kLanes, kTaps>(
+        windows.at(channel * kTaps % p.period), p.words + channel * words_per_row(kTaps), filter);
+    const float* x = p.x + channel * planes.stride();
     float* const y = p.y + channel * planes.stride();
+    for (int64_t row = 0; row < planes.height; ++row)
+      for (int64_t column = 0; column < planes.width; column += kLanes, x += kLanes)
+        store<kLanes>(patches + padded.center() + row * padded.stride() + column, load<kLanes>(x));
     Epilogue epilogue = p.epilogue;
     if (epilogue.residual)
       epilogue.residual = patches + padded.center();
     const Finish<kLanes> finish(epilogue, channel);
-    const auto convolve = [&](int64_t first, auto rows) MK_INLINE_LAMBDA {
-      constexpr int kPair = std::min<int>(rows, 2);
+    const auto convolve = [&](int64_t first, auto count) MK_INLINE_LAMBDA {
+      constexpr int kRowsNow = count, kPair = kRowsNow > 1 ? 2 : 1;
       for (int64_t column = 0; column < planes.width; column += kLanes) {
         const int64_t at = first * padded.stride() + column;
-        Floats<kLanes> sums[rows];
-        convolve_rows<kLanes, kKernel>(
-            patches + at, padded.stride(), filters + channel * kTaps, sums);
+        Floats<kLanes> sums[kRowsNow];
+        convolve_rows<kLanes, kKernel>(patches + at, padded.stride(), filter, sums);
 #pragma GCC unroll 8
-        for (int row = 0; row < rows; row += kPair) {
+        for (int row = 0; row < kRowsNow; row += kPair) {
           Floats<kLanes> pair[kPair];
           for (int i = 0; i < kPair; ++i)
             pair[i] = sums[row + i];
@@ -103,28 +115,28 @@ MK_INLINE void convolve_body(const Planes& planes, const DepthwiseConv2d& p, con
 
 namespace avx2 {
 template <int kKernel>
-MK_AVX2 void convolve(const Planes& planes, const DepthwiseConv2d& p, const float* filters,
-    int64_t channel, int64_t end) {
-  convolve_body<8, kKernel>(planes, p, filters, channel, end);
+MK_AVX2 void convolve(const Planes& planes, const DepthwiseConv2d& p,
+    const RowWindows<float>& windows, int64_t channel, int64_t end) {
+  convolve_body<8, kKernel>(planes, p, windows, channel, end);
 }
 } // namespace avx2
 
 namespace avx512 {
 template <int kKernel>
-MK_AVX512 void convolve(const Planes& planes, const DepthwiseConv2d& p, const float* filters,
-    int64_t channel, int64_t end) {
-  convolve_body<16, kKernel>(planes, p, filters, channel, end);
+MK_AVX512 void convolve(const Planes& planes, const DepthwiseConv2d& p,
+    const RowWindows<float>& windows, int64_t channel, int64_t end) {
+  convolve_body<16, kKernel>(planes, p, windows, channel, end);
 }
 } // namespace avx512
 
 template <int kKernel>
-void convolve_as(
-    const Planes& planes, const DepthwiseConv2d& p, const float* filters, const Exec& exec) {
+void convolve_as(const Planes& planes, const DepthwiseConv2d& p, const Exec& exec) {
+  const RowWindows<float> windows(p.values, p.period, p.channels, kKernel * kKernel);
   const auto convolve =
       exec.isa == Isa::avx512 ? avx512::convolve<kKernel> : avx2::convolve<kKernel>;
   constexpr int64_t kGrain = 1 << 17; // products worth waking a thread for
   exec.parallel.run(0, planes.channels, ceil_div(kGrain, planes.pixels() * kKernel * kKernel),
-      [&](int64_t begin, int64_t end) { convolve(planes, p, filters, begin, end); });
+      [&](int64_t begin, int64_t end) { convolve(planes, p, windows, begin, end); });
 }
 
 } // namespace
@@ -134,17 +146,16 @@ bool has_planes(const DepthwiseConv2d& p) {
          (p.kernel_w == 3 || p.kernel_w == 5 || p.kernel_w == 7 || p.kernel_w == 9);
 }
 
-void depthwise_planes(
-    const Planes& planes, const DepthwiseConv2d& p, const float* filters, const Exec& exec) {
+void depthwise_planes(const Planes& planes, const DepthwiseConv2d& p, const Exec& exec) {
   switch (p.kernel_w) {
   case 3:
-    return convolve_as<3>(planes, p, filters, exec);
+    return convolve_as<3>(planes, p, exec);
   case 5:
-    return convolve_as<5>(planes, p, filters, exec);
+    return convolve_as<5>(planes, p, exec);
   case 7:
-    return convolve_as<7>(planes, p, filters, exec);
+    return convolve_as<7>(planes, p, exec);
   default:
-    return convolve_as<9>(planes, p, filters, exec);
+    return convolve_as<9>(planes, p, exec);
   }
 }
 

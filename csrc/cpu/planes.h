@@ -33,10 +33,8 @@ struct Planes {
 void to_planes(const Planes& planes, const float* pixels, float* to, const Exec& exec);
 void from_planes(const Planes& planes, const float* from, float* pixels, const Exec& exec);
 
-// As depthwise_conv2d, in planes: y may be x, and a residual is. `filters` [channels, taps] is the
-// decoded weight.
-void depthwise_planes(
-    const Planes& planes, const DepthwiseConv2d& params, const float* filters, const Exec& exec);
+// As depthwise_conv2d, in planes: y may be x, and a residual is.
+void depthwise_planes(const Planes& planes, const DepthwiseConv2d& params, const Exec& exec);
 bool has_planes(const DepthwiseConv2d& params);
 
 // As aligned_linear, in planes: y may be x, and a residual is.

@@ -152,7 +152,7 @@ class _Chain:
     def of(cls, steps: "list[Step]") -> "_Chain | None":
         """None where the steps are no chain."""
         fused = [step for step in steps if isinstance(step, FusedConv2d)]
-        if len(fused) < 2 or len(fused) < len(steps):
+        if not fused or len(fused) < len(steps):
             return None
         for before, step in itertools.pairwise(fused):
             if step.conv.in_channels != before.conv.out_channels or not step.keeps_size():

@@ -71,7 +71,7 @@ class PackedBlock(Case):
         generator = torch.Generator().manual_seed(0)
         size = (self.batch, self.dim, 16, 16)
         inputs = tuple(channels_last(torch.randn(size, generator=generator)) for _ in range(2))
-        block = masked_convmixer(self.dim, depth=1).get_submodule("features.blocks.0")
+        block = masked_convmixer(self.dim, depth=1).get_submodule("blocks.0")
         if self.part == "depthwise":
             block.pointwise = nn.Identity()
         return _problem(block.eval(), inputs, backend)

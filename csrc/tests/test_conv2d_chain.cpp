@@ -13,14 +13,16 @@ constexpr int64_t kHeight = 9, kWidth = 7;
 // Gains and shifts [4, channels] and what becomes of the outputs.
 struct Finishing {
   std::vector<float> affine;
+  Activation activation;
 
-  Finishing(int64_t channels, Random& random) : affine(random.floats(4 * channels)) {}
+  Finishing(int64_t channels, Random& random, Activation activation = Activation::relu)
+      : affine(random.floats(4 * channels)), activation(activation) {}
 
   Epilogue epilogue() const {
     const float* rows = affine.data();
     const int64_t channels = affine.size() / 4;
-    return {{rows, rows + channels}, {rows + 2 * channels, rows + 3 * channels}, Activation::relu,
-        nullptr};
+    return {
+        {rows, rows + channels}, {rows + 2 * channels, rows + 3 * channels}, activation, nullptr};
   }
 };
 
@@ -77,6 +79,40 @@ void test_patches(const Exec& exec, int64_t batch, const Conv& conv, Random& ran
   }
 }
 
+// A chain against its steps one by one, of pixels of all channels.
+void check_chain(const Exec& exec, MaskedConv2dChain chain) {
+  const int64_t outputs = chain.steps.back().outputs;
+  std::vector<float> y(chain.images * outputs, NAN);
+  chain.y = y.data();
+  masked_conv2d_chain(chain, exec);
+  for (int64_t image = 0; image < chain.images; ++image) {
+    std::vector<float> now(chain.x + image * chain.inputs, chain.x + (image + 1) * chain.inputs);
+    float largest = 1; // of what any step makes, whose rounding the next ones pass on
+    for (const MaskedConv2dChain::Step& step : chain.steps) {
+      std::vector<float> next(step.outputs, NAN);
+      const auto run = [&](auto conv, auto kernel) {
+        conv.x = now.data(), conv.y = next.data();
+        conv.epilogue.residual = step.adds_input ? now.data() : nullptr;
+        kernel(conv, exec);
+      };
+      if (const auto* conv = std::get_if<DepthwiseConv2d>(&step.conv))
+        run(*conv, depthwise_conv2d);
+      else if (const auto* linear = std::get_if<AlignedLinear>(&step.conv))
+        run(*linear, aligned_linear);
+      else
+        run(std::get<PanelLinear>(step.conv), panel_linear);
+      now = next;
+      for (const float value : now)
+        largest = std::max(largest, std::abs(value));
+    }
+    for (int64_t i = 0; i < outputs; ++i) {
+      const float got = y[image * outputs + i];
+      CHECK(std::abs(got - now[i]) <= 1e-6 * largest, name(exec.isa), exec.parallel.threads(),
+          chain.images, outputs, chain.steps.size(), image, i, got, now[i]);
+    }
+  }
+}
+
 // A convolution by panels, then blocks of a residual depthwise and a 1x1 or 3x3
 // convolution, the last of them to `outputs`.
 void test_chain(const Exec& exec, int64_t images, int64_t channels, int64_t outputs, int64_t side,
@@ -114,32 +150,52 @@ void test_chain(const Exec& exec, int64_t images, int64_t channels, int64_t outp
           {depthwise, false, inside}, {last, false, pixels * outputs}},
       nullptr};
 
-  std::vector<float> y(images * pixels * outputs, NAN);
-  chain.y = y.data();
-  masked_conv2d_chain(chain, exec);
-  for (int64_t image = 0; image < images; ++image) {
-    std::vector<float> now(x.begin() + image * inside, x.begin() + (image + 1) * inside);
-    for (const MaskedConv2dChain::Step& step : chain.steps) {
-      std::vector<float> next(step.outputs, NAN);
-      const auto run = [&](auto conv, auto kernel) {
-        conv.x = now.data(), conv.y = next.data();
-        conv.epilogue.residual = step.adds_input ? now.data() : nullptr;
-        kernel(conv, exec);
-      };
-      if (const auto* conv = std::get_if<DepthwiseConv2d>(&step.conv))
-        run(*conv, depthwise_conv2d);
-      else if (const auto* linear = std::get_if<AlignedLinear>(&step.conv))
-        run(*linear, aligned_linear);
-      else
-        run(std::get<PanelLinear>(step.conv), panel_linear);
-      now = next;
-    }
-    for (int64_t i = 0; i < pixels * outputs; ++i) {
-      const float got = y[image * pixels * outputs + i];
-      CHECK(std::abs(got - now[i]) <= 1e-5 * (1 + std::abs(now[i])), name(exec.isa),
-          exec.parallel.threads(), images, channels, outputs, side, image, i, got, now[i]);
-    }
+  check_chain(exec, chain);
+}
+
+// Blocks of a residual depthwise and a 1x1 convolution after a patch embedding. Where vectors are
+// wide, those of whole vectors run in planes.
+void test_blocks(const Exec& exec, int64_t images, int64_t channels, int64_t height, int64_t width,
+    int64_t kernel, Random& random) {
+  constexpr int64_t kInputs = 3, kPatch = 2, kBlocks = 2;
+  const int64_t taps = kernel * kernel, inside = height * width * channels;
+  const Shape square{channels, channels}, shape{channels, kInputs * kPatch * kPatch};
+  const auto values = random.floats(channels), embedding = random.floats(shape.cols);
+  const auto x = random.floats(images * height * width * kPatch * kPatch * kInputs);
+  const auto tiles_of = [&](Shape of, int64_t taps) {
+    std::vector<uint32_t> tiles(AlignedRows(of.rows, 1).all_blocks() *
+                                ceil_div(of.cols, kTileColumns) * AlignedRows::kBlock);
+    aligned_tiles(random.words(of).data(), of, 1, taps, tiles.data(), exec);
+    return tiles;
+  };
+  const auto patch_tiles = tiles_of(shape, kPatch * kPatch);
+  MaskedConv2dChain chain{x.data(), images, height * width * shape.cols, {}, nullptr};
+  const Finishing first(channels, random);
+  chain.steps.push_back(
+      {AlignedLinear{nullptr, embedding.data(), shape.cols, 1, patch_tiles.data(), nullptr, 1.0f,
+           height * width, channels, shape.cols, nullptr, first.epilogue(),
+           {kPatch * height, kPatch * width, kInputs, height, width, kPatch, kPatch, kPatch, kPatch,
+               0, 0, 1, 1}},
+          false, inside});
+  std::vector<std::vector<uint32_t>> words, tiles;
+  std::vector<Finishing> finishing;
+  for (int64_t i = 0; i < kBlocks; ++i) {
+    words.push_back(random.words({channels, taps}));
+    tiles.push_back(tiles_of(square, 1));
+    finishing.emplace_back(channels, random, i == 0 ? Activation::gelu : Activation::identity);
   }
+  for (int64_t i = 0; i < kBlocks; ++i) {
+    const Epilogue epilogue = finishing[i].epilogue();
+    chain.steps.push_back(
+        {DepthwiseConv2d{nullptr, values.data(), channels, words[i].data(), 1, channels, height,
+             width, kernel, kernel, kernel / 2, kernel / 2, nullptr, epilogue},
+            i == 0, inside});
+    chain.steps.push_back(
+        {AlignedLinear{nullptr, values.data(), channels, 1, tiles[i].data(), nullptr, 1.0f,
+             height * width, channels, channels, nullptr, epilogue, {}},
+            i == 1, inside});
+  }
+  check_chain(exec, chain);
 }
 
 } // namespace
@@ -160,5 +216,10 @@ int main() {
         for (const int64_t outputs : {int64_t{8}, channels, int64_t{50}})
           for (const int64_t side : {1, 3})
             test_chain(exec, images, channels, outputs, side, random);
+    for (const int64_t images : {1, 4})
+      for (const int64_t kernel : {3, 5, 7, 9})
+        for (const int64_t channels : {8, 33, 40, 104})
+          for (const auto& [height, width] : {std::pair{1, 16}, {16, 16}, {17, 32}, {4, 20}})
+            test_blocks(exec, images, channels, height, width, kernel, random);
   });
 }

@@ -2,7 +2,6 @@
 before BatchNorm.
 """
 
-from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,19 +33,14 @@ class ConvMixer(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        # One sequence, which packed inference runs as one op.
-        self.features = nn.Sequential(
-            OrderedDict(
-                stem=_conv_gelu_norm(in_channels, dim, patch_size, stride=patch_size),
-                blocks=nn.Sequential(*(ConvMixerBlock(dim, kernel_size) for _ in range(depth))),
-            )
-        )
+        self.stem = _conv_gelu_norm(in_channels, dim, patch_size, stride=patch_size)
+        self.blocks = nn.Sequential(*(ConvMixerBlock(dim, kernel_size) for _ in range(depth)))
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(dim, num_classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, in_channels, H, W]`` to logits ``[B, num_classes]``."""
-        logits: Tensor = self.head(self.pool(self.features(x)))
+        logits: Tensor = self.head(self.pool(self.blocks(self.stem(x))))
         return logits
 
 

@@ -65,8 +65,11 @@ class Watch:
         return self._tensors
 
 
-def _dictionaries(layers: Iterable[nn.Module | None]) -> list[dict[str, Tensor | None]]:
+def _dictionaries(layers: Iterable[nn.Module | None]) -> list[dict[str, Any]]:
     """Of parameters and of buffers."""
     return [
-        held for layer in layers if layer is not None for held in (layer._parameters, layer._buffers)
+        held
+        for layer in layers
+        if layer is not None
+        for held in (layer._parameters, layer._buffers)
     ]

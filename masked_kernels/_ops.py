@@ -126,10 +126,8 @@ def _fake_masked_conv2d_fused(
     )
 
 
-def _fake_masked_conv2d_grad_x(
-    grad_y: Tensor, values: Tensor, words: Tensor, scale: Tensor | None, x_size: list[int], *_: Any
-) -> Tensor:
-    return grad_y.new_empty(x_size).contiguous(memory_format=conv_memory_format(grad_y))
+def _fake_masked_conv2d_grad_x(grad_y: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return grad_y.new_empty(x.shape).contiguous(memory_format=conv_memory_format(grad_y))
 
 
 def _fake_masked_conv2d_grad_weight(
@@ -222,7 +220,7 @@ masked_conv2d_chain = _define(
 )
 masked_conv2d_grad_x = _define(
     "masked_conv2d_grad_x",
-    "Tensor grad_y, Tensor values, Tensor words, Tensor? scale, SymInt[] x_size, "
+    "Tensor grad_y, Tensor x, Tensor values, Tensor words, Tensor? scale, "
     f"SymInt[] kernel_size, {_CONV}",
     _fake_masked_conv2d_grad_x,
 )

@@ -196,7 +196,7 @@ def _conv2d_grads(
     grad_x = grad_values = None
     if needs_x:
         grad_x = _ops.masked_conv2d_grad_x(
-            grad_y, values, words, scale, list(x.shape), ctx.kernel_size, *ctx.geometry, ctx.backend
+            grad_y, x, values, words, scale, ctx.kernel_size, *ctx.geometry, ctx.backend
         )
     if needs_values:
         grad_values = _ops.masked_conv2d_grad_weight(

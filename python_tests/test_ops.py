@@ -93,10 +93,11 @@ def samples() -> dict[str, list[tuple[object, ...]]]:
         ],
         "masked_conv2d_grad_x": [
             *(
-                (t, prototype, kernel_words, None, [2, 4, 6, 5], [3, 3], *geometry)
-                for t in (grad_image, grad_last)
+                (grad, t, prototype, kernel_words, None, [3, 3], *geometry)
+                for grad in (grad_image, grad_last)
+                for t in (image, last)
             ),
-            (grad_point, prototype, pointwise_words, scale, [2, 4, 6, 5], [1, 1], *point),
+            (grad_point, image, prototype, pointwise_words, scale, [1, 1], *point),
         ],
         "masked_conv2d_grad_weight": [
             (grad_image, image, kernel_words, scale, [3, 3], *geometry),

@@ -30,7 +30,6 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
     kernel_words, kernel_scores = torch.zeros(64, 18, dtype=torch.int32), torch.randn(64, 64, 3, 3)
     filter_words, filter_scores = torch.zeros(64, 1, dtype=torch.int32), torch.randn(64, 1, 5, 5)
     full, depthwise = ([1, 1], [1, 1], [1, 1], 1), ([1, 1], [2, 2], [1, 1], 64)
-    size = list(image.shape)
     point_words, point = torch.zeros(64, 2, dtype=torch.int32), ([1, 1], [0, 0], [1, 1], 1)
     affine = torch.randn(4, 64)
     stats, vector, grads = torch.rand(2, 64), torch.rand(64), torch.randn(2, 64)
@@ -73,8 +72,8 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
             (image, prototype, point_words, affine, "relu", image, [1, 1], *point),
         ],
         "masked_conv2d_grad_x": [
-            (image, prototype, kernel_words, scale, size, [3, 3], *full),
-            (image, prototype, filter_words, None, size, [5, 5], *depthwise),
+            (image, image, prototype, kernel_words, scale, [3, 3], *full),
+            (image, image, prototype, filter_words, None, [5, 5], *depthwise),
         ],
         "masked_conv2d_grad_weight": [
             (image, image, kernel_words, scale, [3, 3], *full),

@@ -133,18 +133,18 @@ masked_conv2d_chain = functools.partial(_fused.masked_conv2d_chain, masked_conv2
 
 def masked_conv2d_grad_x(
     grad_y: Tensor,
+    x: Tensor,
     values: Tensor,
     words: Tensor,
     scale: Tensor | None,
-    x_size: list[int],
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    weight = _conv_weight(values, words, scale, x_size[1] // groups, kernel_size)
-    grad_x: Tensor = conv2d_input(x_size, weight, grad_y, stride, padding, dilation, groups)
+    weight = _conv_weight(values, words, scale, x.shape[1] // groups, kernel_size)
+    grad_x: Tensor = conv2d_input(x.shape, weight, grad_y, stride, padding, dilation, groups)
     return grad_x.contiguous(memory_format=conv_memory_format(grad_y))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from .._layout import conv_memory_format, conv_size
 from ._native import isa, scaled_
@@ -23,6 +22,10 @@ from .product import grad_weight
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Values, words, bias, scale."""
 Run = Callable[[Tensor], Tensor]
+
+_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
+    torch.ops.aten.convolution_backward.default
+)
 
 _MANY_CHANNELS = 16  # worth copying at once
 _MOST_KEPT = 1 << 20  # weights, 4 MiB of float32
@@ -164,10 +167,10 @@ def out_size(size: Sequence[int], geometry: Geometry) -> list[int]:
 
 def masked_conv2d_grad_x(
     grad_y: Tensor,
+    x: Tensor,
     values: Tensor,
     words: Tensor,
     scale: Tensor | None,
-    x_size: list[int],
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
@@ -175,30 +178,19 @@ def masked_conv2d_grad_x(
     groups: int,
 ) -> Tensor:
     if _is_pointwise(grad_y, kernel_size, stride, padding, groups):
-        grad_tokens = masked_linear_grad_x(_as_tokens(grad_y), values, words, scale, x_size[1])
+        grad_tokens = masked_linear_grad_x(_as_tokens(grad_y), values, words, scale, x.shape[1])
         return _as_image(grad_tokens, grad_y).contiguous(memory_format=torch.channels_last)
-    size = (words.shape[0], x_size[1] // groups, *kernel_size)
+    size = (words.shape[0], x.shape[1] // groups, *kernel_size)
     can_turn = all(p < k for p, k in zip(padding, kernel_size, strict=True))
     if can_turn and is_depthwise(grad_y, size, stride, dilation, groups):
         return depthwise_grad_x(grad_y, values, words, scale, kernel_size, padding)
-    weight = _conv_weight(grad_y, values, words, scale, x_size[1] // groups, kernel_size)
+    weight = _conv_weight(grad_y, values, words, scale, x.shape[1] // groups, kernel_size)
     memory_format = conv_memory_format(grad_y)
-    # Only the size and layout of x matter; conv2d_input passes one of no layout, and is ten times
-    # slower on channels_last.
-    x = torch.empty(x_size, dtype=grad_y.dtype, memory_format=memory_format)
-    grad_x: Tensor = torch.ops.aten.convolution_backward(
-        grad_y,
-        x,
-        weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        [True, False, False],
-    )[0]
+    # Of x the size and layout count: in another than grad_y's the library is ten times slower.
+    if x.dtype != grad_y.dtype or not x.is_contiguous(memory_format=memory_format):
+        x = torch.empty(x.shape, dtype=grad_y.dtype, memory_format=memory_format)
+    geometry = stride, padding, dilation, False, [0, 0], groups
+    grad_x, _, _ = _backward(grad_y, x, weight, None, *geometry, [True, False, False])
     return grad_x.contiguous(memory_format=memory_format)
 
 
@@ -304,5 +296,7 @@ def _conv_grad_weight(
         return grad_weight(_as_tokens(grad_y), _as_tokens(x)).view(size)
     if is_depthwise(x, size, stride, dilation, groups):
         return depthwise_grad_weight(grad_y, x, size[2], padding).view(size)
-    grad: Tensor = conv2d_weight(x, size, grad_y, stride, padding, dilation, groups)
+    weight = grad_y.new_empty(1).expand(size)  # of which only the size counts
+    geometry = stride, padding, dilation, False, [0, 0], groups
+    _, grad, _ = _backward(grad_y, x, weight, None, *geometry, [False, True, False])
     return grad.contiguous().view(size)  # the strides of sizes of 1 too, which DDP looks at

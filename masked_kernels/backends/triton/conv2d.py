@@ -195,21 +195,21 @@ def _convolve_tiles(
 
 def masked_conv2d_grad_x(
     grad_y: Tensor,
+    x: Tensor,
     values: Tensor,
     words: Tensor,
     scale: Tensor | None,
-    x_size: list[int],
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    geometry = Geometry.of(x_size, kernel_size, stride, padding, dilation, groups)
+    geometry = Geometry.of(x.shape, kernel_size, stride, padding, dilation, groups)
     if geometry.pointwise and is_channels_last(grad_y):
-        tokens = masked_linear_grad_x(as_tokens(grad_y), values, words, scale, x_size[1])
+        tokens = masked_linear_grad_x(as_tokens(grad_y), values, words, scale, x.shape[1])
         return as_image(tokens, grad_y)
-    grad_x = new_image(grad_y, x_size)
+    grad_x = new_image(grad_y, x.shape)
     if grad_x.numel() == 0:
         return grad_x
     if geometry.group_channels == 1:

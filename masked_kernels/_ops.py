@@ -234,6 +234,16 @@ scored_conv2d_grad_scores = _define(
     f"Tensor grad_y, Tensor x, Tensor values, Tensor scores, Tensor? scale, bool absolute, {_CONV}",
     lambda g, x, v, scores, *_: scores.new_empty(scores.shape),
 )
+scored_conv2d_grads = _define(
+    "scored_conv2d_grads",
+    "Tensor grad_y, Tensor x, Tensor values, Tensor words, Tensor scores, Tensor? scale, "
+    f"bool absolute, {_CONV}",
+    lambda g, x, v, w, scores, *_: (
+        _fake_masked_conv2d_grad_x(g, x),
+        scores.new_empty(scores.shape),
+    ),
+    result="(Tensor, Tensor)",
+)
 gelu_stats = _define("gelu_stats", "Tensor x", lambda x, _: _fake_channels(x))
 gelu_batch_norm = _define(
     "gelu_batch_norm",

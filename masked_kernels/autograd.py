@@ -119,19 +119,17 @@ class ScoredConv2d(Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         x, values, words, scale, scores = ctx.saved_tensors
+        needs_x, needs_values, _, needs_bias, needs_scores = ctx.needs_input_grad[:5]
+        of_scores = scores, scale, ctx.absolute, *ctx.geometry, ctx.backend
+        if needs_x and needs_scores and not needs_values:
+            grad_x, grad_scores = _ops.scored_conv2d_grads(grad_y, x, values, words, *of_scores)
+            grad_bias = grad_y.sum((0, 2, 3)) if needs_bias else None
+            return grad_x, None, None, grad_bias, grad_scores, None, None, None, None
         grad_scores = None
-        if ctx.needs_input_grad[4]:
-            grad_scores = _ops.scored_conv2d_grad_scores(
-                grad_y, x, values, scores, scale, ctx.absolute, *ctx.geometry, ctx.backend
-            )
-        return (
-            *_conv2d_grads(ctx, grad_y, x, values, words, scale),
-            grad_scores,
-            None,
-            None,
-            None,
-            None,
-        )
+        if needs_scores:
+            grad_scores = _ops.scored_conv2d_grad_scores(grad_y, x, values, *of_scores)
+        grads = _conv2d_grads(ctx, grad_y, x, values, words, scale)
+        return *grads, grad_scores, None, None, None, None
 
 
 class GeluBatchNorm(Function):

@@ -120,6 +120,11 @@ def samples() -> dict[str, list[tuple[object, ...]]]:
             (grad_image, image, prototype, kernel_scores, scale, True, *geometry),
             (grad_last, last, prototype, kernel_scores, None, False, *geometry),
         ],
+        "scored_conv2d_grads": [
+            (grad, t, prototype, kernel_words, kernel_scores, scale, True, *geometry)
+            for grad in (grad_image, grad_last)
+            for t in (image, last)
+        ],
     }
 
 

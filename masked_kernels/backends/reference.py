@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from . import _fused
+from . import _fused, _grads
 from ._layout import at_least_float32, conv_memory_format, words_per_row
 
 
@@ -179,6 +179,11 @@ def scored_conv2d_grad_scores(
 ) -> Tensor:
     grad = conv2d_weight(x, scores.shape, grad_y, stride, padding, dilation, groups)
     return _grad_scores(grad, values, scores, scale, absolute).contiguous()
+
+
+scored_conv2d_grads = functools.partial(
+    _grads.scored_conv2d_grads, masked_conv2d_grad_x, scored_conv2d_grad_scores
+)
 
 
 def gelu_stats(x: Tensor) -> Tensor:

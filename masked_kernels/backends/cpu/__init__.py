@@ -37,6 +37,7 @@ from .conv2d import (
     masked_conv2d_grad_weight,
     masked_conv2d_grad_x,
     scored_conv2d_grad_scores,
+    scored_conv2d_grads,
 )
 from .conv2d_chain import bind_masked_conv2d_chain, masked_conv2d_chain
 from .fused import masked_conv2d_fused

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _grads
 from .._layout import conv_memory_format, conv_size
 from ._native import isa, scaled_
 from ._scratch import decoded
@@ -225,6 +226,38 @@ def scored_conv2d_grad_scores(
     size = tuple(scores.shape)
     grad = _conv_grad_weight(grad_y, x, size, stride, padding, dilation, groups)
     return apply_scores(grad, values, scores, scale, absolute)
+
+
+def scored_conv2d_grads(
+    grad_y: Tensor,
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    scores: Tensor,
+    scale: Tensor | None,
+    absolute: bool,
+    *geometry: Any,
+) -> tuple[Tensor, Tensor]:
+    """Where both are the library's, by one call."""
+    stride, padding, dilation, groups = geometry
+    size, memory_format = tuple(scores.shape), conv_memory_format(grad_y)
+    if (
+        x.dtype != grad_y.dtype
+        or not x.is_contiguous(memory_format=memory_format)
+        or _is_pointwise(grad_y, size[2:], stride, padding, groups)
+        or is_depthwise(grad_y, size, stride, dilation, groups)
+    ):
+        of_scores = scores, scale, absolute, *geometry
+        return _grads.scored_conv2d_grads(
+            masked_conv2d_grad_x, scored_conv2d_grad_scores, grad_y, x, values, words, *of_scores
+        )
+    weight = _conv_weight(grad_y, values, words, scale, size[1], list(size[2:]))
+    of_conv = stride, padding, dilation, False, [0, 0], groups
+    grad_x, grad, _ = _backward(grad_y, x, weight, None, *of_conv, [True, True, False])
+    return (
+        grad_x.contiguous(memory_format=memory_format),
+        apply_scores(grad.contiguous().view(size), values, scores, scale, absolute),
+    )
 
 
 def _is_pointwise(

@@ -36,6 +36,7 @@ _HOME = {
     "masked_conv2d_grad_x": "conv2d",
     "masked_conv2d_grad_weight": "conv2d_grad",
     "scored_conv2d_grad_scores": "conv2d_grad",
+    "scored_conv2d_grads": "conv2d_grad",
     "gelu_stats": "norm",
     "gelu_batch_norm": "norm",
     "gelu_batch_norm_grad_affine": "norm",

@@ -2,10 +2,13 @@
 output pixels of grad_y times the image gathered under the kernel.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _grads
 from . import config, linear_grad
 from ._conv import (
     Geometry,
@@ -17,6 +20,7 @@ from ._conv import (
     window,
 )
 from ._helpers import add_product, dot_dtype, dot_precision, on_device, split
+from .conv2d import masked_conv2d_grad_x
 from .depthwise_grad import fill_depthwise_grad
 from .epilogue import WeightGrad, masked_grad, scored_grad, store_grad
 from .settings import settings_of
@@ -55,6 +59,11 @@ def scored_conv2d_grad_scores(
     grad = scores.new_empty(scores.shape)
     _fill(scored_grad(grad, values, scores, scale, absolute), grad_y, x, geometry)
     return grad
+
+
+scored_conv2d_grads = functools.partial(
+    _grads.scored_conv2d_grads, masked_conv2d_grad_x, scored_conv2d_grad_scores
+)
 
 
 def _fill(target: WeightGrad, grad_y: Tensor, x: Tensor, geometry: Geometry) -> None:

@@ -27,10 +27,10 @@ struct Padded {
   int64_t center() const { return pad() * stride() + pad(); } // of a patch
 };
 
-// sums [rows, lanes] of the outputs whose first pixel of the patch is `x`
-template <int kLanes, int kKernel, int kRows>
+// sums [kOutputs, lanes] of adjacent rows; the patch of the first output begins with `x`
+template <int kLanes, int kKernel, int kOutputs>
 MK_INLINE void convolve_rows(
-    const float* x, int64_t stride, const float* filter, Floats<kLanes> (&sums)[kRows]) {
+    const float* x, int64_t stride, const float* filter, Floats<kLanes> (&sums)[kOutputs]) {
   for (Floats<kLanes>& sum : sums)
     sum = Floats<kLanes>{};
 #pragma GCC unroll 1
@@ -40,11 +40,11 @@ MK_INLINE void convolve_rows(
     for (int i = 0; i < kKernel; ++i)
       taps[i] = splat<kLanes>(filter[i * kKernel]);
 #pragma GCC unroll 64
-    for (int row = 0; row < kRows + kKernel - 1; ++row) {
+    for (int row = 0; row < kOutputs + kKernel - 1; ++row) {
       const auto pixels = load<kLanes>(x + row * stride);
 #pragma GCC unroll 9
       for (int i = 0; i < kKernel; ++i)
-        if (0 <= row - i && row - i < kRows)
+        if (0 <= row - i && row - i < kOutputs)
           sums[row - i] += pixels * taps[i];
     }
   }

@@ -7,15 +7,6 @@
 
 namespace masked_kernels {
 
-template <int kLanes, int kVectors>
-MK_INLINE void activate(Activation activation, Floats<kLanes> (&v)[kVectors]) {
-  if (activation == Activation::gelu)
-    gelu<kLanes>(v);
-  else if (activation == Activation::relu)
-    for (Floats<kLanes>& each : v)
-      each = max_of<kLanes>(Floats<kLanes>{}, each); // NaN stays NaN
-}
-
 // An affine map of a vector: of `count` channels from `channel` on, or of pixels of one channel.
 template <int kLanes>
 struct Map {
@@ -36,20 +27,23 @@ struct Map {
 template <int kLanes>
 class Finish {
  public:
-  template <class... Count>
-  MK_INLINE Finish(const Epilogue& epilogue, int64_t channel, Count... count)
-      : before_(epilogue.before, channel, count...), after_(epilogue.after, channel, count...),
-        activation_(epilogue.activation), residual_(epilogue.residual) {
-    if constexpr (sizeof...(count) > 0)
-      count_ = (count, ...);
-  }
+  MK_INLINE Finish(const Epilogue& epilogue, int64_t channel, int64_t count)
+      : Finish(
+            epilogue, {epilogue.before, channel, count}, {epilogue.after, channel, count}, count) {}
+
+  MK_INLINE Finish(const Epilogue& epilogue, int64_t channel)
+      : Finish(epilogue, {epilogue.before, channel}, {epilogue.after, channel}, kLanes) {}
 
   // Several vectors of outputs; those of y[at + i * step] and the following are v[i].
   template <int kVectors>
   MK_INLINE void operator()(Floats<kLanes> (&v)[kVectors], int64_t at, int64_t step = 0) const {
     for (Floats<kLanes>& each : v)
       each = before_(each);
-    activate<kLanes>(activation_, v);
+    if (activation_ == Activation::gelu)
+      gelu<kLanes>(v);
+    else if (activation_ == Activation::relu)
+      for (Floats<kLanes>& each : v)
+        each = max_of<kLanes>(Floats<kLanes>{}, each); // NaN stays NaN
     for (int i = 0; i < kVectors; ++i) {
       v[i] = after_(v[i]);
       if (residual_)
@@ -58,10 +52,15 @@ class Finish {
   }
 
  private:
+  MK_INLINE Finish(
+      const Epilogue& epilogue, const Map<kLanes>& before, const Map<kLanes>& after, int64_t count)
+      : before_(before), after_(after), activation_(epilogue.activation),
+        residual_(epilogue.residual), count_(count) {}
+
   Map<kLanes> before_, after_;
   Activation activation_;
   const float* residual_;
-  int64_t count_ = kLanes;
+  int64_t count_;
 };
 
 // A vector or less of adjacent channels in several pixels, from sums [pixels, sum_stride] to

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import masked_kernels as mk
 from masked_kernels import _ops
 from masked_kernels.nn import packed_sequential
+from masked_kernels.nn._watch import Watch
 
 ACTIVATIONS = {"identity": lambda y: y, "gelu": F.gelu, "relu": F.relu}
 
@@ -338,3 +339,33 @@ def test_saving_and_compiling(tmp_path: Path) -> None:
         assert torch.equal(torch.load(tmp_path / "whole.pt", weights_only=False)(x), expected)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), expected)
+
+
+def test_watch() -> None:
+    class Layer(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.part = nn.BatchNorm1d(2)
+
+    layer, norm = Layer(), nn.BatchNorm2d(2)
+    watch = Watch([layer, norm])
+    assert watch.has_changed()
+    changes = (
+        lambda: layer.weight.detach().add_(1),
+        lambda: setattr(layer.weight, "data", torch.zeros(2, 2)),
+        lambda: setattr(layer, "weight", nn.Parameter(torch.zeros(2, 2))),
+        lambda: setattr(layer, "bias", None),
+        lambda: layer.part.running_mean.zero_(),
+        lambda: setattr(layer, "part", nn.BatchNorm1d(2)),
+        lambda: setattr(norm, "eps", 1.0),
+        lambda: norm.eval(),
+    )
+    for change in changes:
+        assert not watch.has_changed()
+        change()
+        watch.tensors()  # whoever looks first, the change is not lost
+        assert watch.has_changed()
+    with torch.inference_mode():
+        norm.weight = nn.Parameter(torch.ones(2))
+    assert watch.has_changed()
+    assert watch.has_changed()

@@ -24,10 +24,6 @@ Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Values, words, bias, scale."""
 Run = Callable[[Tensor], Tensor]
 
-_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
-    torch.ops.aten.convolution_backward.default
-)
-
 _MANY_CHANNELS = 16  # worth copying at once
 _MOST_KEPT = 1 << 20  # weights, 4 MiB of float32
 
@@ -190,8 +186,8 @@ def masked_conv2d_grad_x(
     # Of x the size and layout count: in another than grad_y's the library is ten times slower.
     if x.dtype != grad_y.dtype or not x.is_contiguous(memory_format=memory_format):
         x = torch.empty(x.shape, dtype=grad_y.dtype, memory_format=memory_format)
-    geometry = stride, padding, dilation, False, [0, 0], groups
-    grad_x, _, _ = _backward(grad_y, x, weight, None, *geometry, [True, False, False])
+    geometry = stride, padding, dilation, groups
+    grad_x, _ = _library_grads(grad_y, x, weight, geometry, (True, False))
     return grad_x.contiguous(memory_format=memory_format)
 
 
@@ -252,8 +248,7 @@ def scored_conv2d_grads(
             masked_conv2d_grad_x, scored_conv2d_grad_scores, grad_y, x, values, words, *of_scores
         )
     weight = _conv_weight(grad_y, values, words, scale, size[1], list(size[2:]))
-    of_conv = stride, padding, dilation, False, [0, 0], groups
-    grad_x, grad, _ = _backward(grad_y, x, weight, None, *of_conv, [True, True, False])
+    grad_x, grad = _library_grads(grad_y, x, weight, geometry, (True, True))
     return (
         grad_x.contiguous(memory_format=memory_format),
         apply_scores(grad.contiguous().view(size), values, scores, scale, absolute),
@@ -330,6 +325,22 @@ def _conv_grad_weight(
     if is_depthwise(x, size, stride, dilation, groups):
         return depthwise_grad_weight(grad_y, x, size[2], padding).view(size)
     weight = grad_y.new_empty(1).expand(size)  # of which only the size counts
-    geometry = stride, padding, dilation, False, [0, 0], groups
-    _, grad, _ = _backward(grad_y, x, weight, None, *geometry, [False, True, False])
+    geometry = stride, padding, dilation, groups
+    _, grad = _library_grads(grad_y, x, weight, geometry, (False, True))
     return grad.contiguous().view(size)  # the strides of sizes of 1 too, which DDP looks at
+
+
+def _library_grads(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: tuple[Any, ...],
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight, those that are wanted."""
+    stride, padding, dilation, groups = geometry
+    of_conv = stride, padding, dilation, False, [0, 0], groups
+    grads = torch.ops.aten.convolution_backward.default(
+        grad_y, x, weight, None, *of_conv, [*wanted, False]
+    )
+    return grads[0], grads[1]

@@ -274,8 +274,7 @@ void aligned_linear(const AlignedLinear& p, const Exec& exec) {
   const Passes& passes = kernels.passes;
   const AlignedRows rows(p.rows, p.patterns);
   std::vector<float> first_row(p.period < p.cols ? p.cols : 0); // a short prototype, repeated
-  for (int64_t k = 0; k < static_cast<int64_t>(first_row.size()); ++k)
-    first_row[k] = p.values[k % p.period];
+  repeat_values(p.values, p.period, static_cast<int64_t>(first_row.size()), first_row.data());
 
   // Blocks [begin, end) of a pattern.
   const auto tile_of = [&](int64_t pattern, int64_t begin, int64_t end) {

@@ -74,8 +74,7 @@ void aligned_planes(const Planes& planes, const AlignedLinear& p, const Exec& ex
   const auto multiply = exec.isa == Isa::avx512 ? avx512::multiply : avx2::multiply;
   const int64_t words = exec.isa == Isa::avx512 ? avx512::kWords : avx2::kWords;
   std::vector<float> values(ceil_div(p.cols, kTableColumns) * kTableColumns);
-  for (int64_t k = 0; k < p.cols; ++k)
-    values[k] = p.values[k % p.period];
+  repeat_values(p.values, p.period, p.cols, values.data());
   const int64_t rows = ceil_div(p.rows, kBlockRows) * kBlockRows;
   constexpr int64_t kGrain = 1 << 18; // products worth waking a thread for
   exec.parallel.run(0, planes.pixels() / Planes::kVector,

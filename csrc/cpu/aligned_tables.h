@@ -32,6 +32,12 @@ int64_t tile_words(int64_t columns) {
   return ceil_div(columns, kTileColumns);
 }
 
+// row [cols] = a prototype, repeated
+void repeat_values(const float* values, int64_t period, int64_t cols, float* row) {
+  for (int64_t k = 0; k < cols; k += period)
+    std::copy_n(values, std::min(period, cols - k), row + k);
+}
+
 // Columns of some tokens: x [tokens, stride], of which `count` columns are multiplied by a value
 // each. Those that tables have above that are 0.
 struct Columns {

@@ -1,5 +1,6 @@
 """Masked convolutions, forward and backward."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -224,6 +225,11 @@ def scored_conv2d_grad_scores(
     return apply_scores(grad, values, scores, scale, absolute)
 
 
+_one_by_one = functools.partial(
+    _grads.scored_conv2d_grads, masked_conv2d_grad_x, scored_conv2d_grad_scores
+)
+
+
 def scored_conv2d_grads(
     grad_y: Tensor,
     x: Tensor,
@@ -243,10 +249,7 @@ def scored_conv2d_grads(
         or _is_pointwise(grad_y, size[2:], stride, padding, groups)
         or is_depthwise(grad_y, size, stride, dilation, groups)
     ):
-        of_scores = scores, scale, absolute, *geometry
-        return _grads.scored_conv2d_grads(
-            masked_conv2d_grad_x, scored_conv2d_grad_scores, grad_y, x, values, words, *of_scores
-        )
+        return _one_by_one(grad_y, x, values, words, scores, scale, absolute, *geometry)
     weight = _conv_weight(grad_y, values, words, scale, size[1], list(size[2:]))
     grad_x, grad = _library_grads(grad_y, x, weight, geometry, (True, True))
     return (

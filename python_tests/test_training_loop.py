@@ -1,7 +1,11 @@
 """The training loop: what it logs, and that stopping anywhere and resuming changes no bit."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -204,6 +208,33 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, fails)
+    assert torch.equal(load_checkpoint(path)["x"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_an_interrupt_in_the_middle_of_a_checkpoint_is_no_more_than_that(tmp_path: Path) -> None:
+    """In a process of its own: torch's unfinished writer could end it."""
+    path = tmp_path / "state.pt"
+    save_checkpoint(path, {"x": torch.ones(2)})
+    interrupted = textwrap.dedent("""
+        import gc, pathlib, sys
+        import torch
+        from masked_kernels.training.checkpoint import save_checkpoint
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        torch.serialization._open_zipfile_writer_buffer.__exit__ = interrupt
+        try:
+            save_checkpoint(pathlib.Path(sys.argv[1]), {"x": torch.zeros(2)})
+        except KeyboardInterrupt:
+            gc.collect()
+            print("interrupted")
+    """)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", interrupted, str(path)]
+    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert (process.returncode, process.stdout) == (0, "interrupted\n")
     assert torch.equal(load_checkpoint(path)["x"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
 

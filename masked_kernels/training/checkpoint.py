@@ -1,5 +1,6 @@
 """Checkpoints that a kill cannot damage, and that load without running code from the file."""
 
+import io
 import os
 import secrets
 import zipfile
@@ -39,7 +40,11 @@ def _partial_prefix(path: Path) -> str:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors, numbers, strings and containers of them to ``path``, atomically."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    # In memory first: interrupted, torch.save leaves a writer behind that ends the process if its
+    # file is closed when it comes to write the rest.
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

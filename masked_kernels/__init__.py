@@ -5,7 +5,6 @@ as they are.
 from . import models, nn, pruning, recipes
 from .backends import BackendError, backends, use_backend
 from .functional import (
-    gelu_batch_norm,
     masked_conv2d,
     masked_linear,
     scored_conv2d,
@@ -14,6 +13,7 @@ from .functional import (
 from .mask import PackedMask
 from .nn import ConversionReport, mask_model_, materialize_, pack_model_, summary
 from .nn.config import MaskConfig
+from .norm import batch_norm_relu, gelu_batch_norm
 from .prototype import Prototype, prototype_period
 from .rules import NM, Rule, Threshold, TopK
 from .storage import FormatError, SizeReport, load_masked, save_masked
@@ -33,6 +33,7 @@ __all__ = [
     "Threshold",
     "TopK",
     "backends",
+    "batch_norm_relu",
     "gelu_batch_norm",
     "load_masked",
     "mask_model_",

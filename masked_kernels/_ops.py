@@ -250,13 +250,22 @@ gelu_batch_norm = _define(
     "Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps",
     lambda x, *_: _fake_image(x),
 )
-gelu_batch_norm_grad_affine = _define(
-    "gelu_batch_norm_grad_affine",
-    "Tensor grad_y, Tensor x, Tensor stats, float eps",
-    lambda g, x, *_: _fake_channels(x),
+gelu_batch_norm_grads = _define(
+    "gelu_batch_norm_grads",
+    "Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, bool of_batch, float eps",
+    lambda g, x, *_: (_fake_image(x), _fake_channels(x)),
+    result="(Tensor, Tensor)",
 )
-gelu_batch_norm_grad_x = _define(
-    "gelu_batch_norm_grad_x",
-    "Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, Tensor? grad_affine, float eps",
-    lambda g, x, *_: _fake_image(x),
+batch_norm_stats = _define("batch_norm_stats", "Tensor x", lambda x, _: _fake_channels(x))
+batch_norm_relu = _define(
+    "batch_norm_relu",
+    "Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps",
+    lambda x, *_: _fake_image(x),
+)
+batch_norm_relu_grads = _define(
+    "batch_norm_relu_grads",
+    "Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, bool is_of_norm, "
+    "bool of_batch, float eps",
+    lambda g, x, *_: (_fake_image(x), _fake_channels(x)),
+    result="(Tensor, Tensor)",
 )

@@ -15,6 +15,11 @@ from torch.autograd.function import once_differentiable
 from . import _ops
 
 
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether to go through autograd, which costs microseconds, or straight to the op."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 class MaskedLinear(Function):
     @staticmethod
     def forward(
@@ -156,21 +161,48 @@ class GeluBatchNorm(Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         x, weight, stats = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_x = affine = None
-        grad = grad_y
-        if x.is_contiguous(memory_format=torch.channels_last):  # copied here once, not in each op
-            grad = grad_y.contiguous(memory_format=torch.channels_last)
-        if needs_weight or needs_bias or (needs_x and ctx.of_batch):
-            affine = _ops.gelu_batch_norm_grad_affine(grad, x, stats, ctx.eps, ctx.backend)
-        if needs_x:
-            grad_x = _ops.gelu_batch_norm_grad_x(
-                grad, x, stats, weight, affine if ctx.of_batch else None, ctx.eps, ctx.backend
-            )
-        grad_weight = affine[0] if needs_weight and affine is not None else None
-        grad_bias = affine[1] if needs_bias and affine is not None else None
-        grad_residual = grad_y if ctx.needs_input_grad[4] else None
-        return grad_x, grad_weight, grad_bias, None, grad_residual, None, None, None
+        grads = _norm_grads(ctx, _ops.gelu_batch_norm_grads, grad_y, x, stats, weight, ctx.of_batch)
+        return *grads, None, grad_y if ctx.needs_input_grad[4] else None, None, None, None
+
+
+class BatchNormRelu(Function):
+    """As ``GeluBatchNorm``; the output is kept only where a residual decides with x what passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [B, C, H, W]
+        weight: Tensor | None,
+        bias: Tensor | None,
+        stats: Tensor,  # [2, C]
+        residual: Tensor | None,  # [B, C, H, W]
+        of_batch: bool,
+        eps: float,
+        backend: str,
+    ) -> Tensor:
+        y: Tensor = _ops.batch_norm_relu(x, stats, weight, bias, residual, eps, backend)
+        ctx.save_for_backward(x, weight, bias, stats, None if residual is None else y)
+        ctx.of_batch, ctx.eps, ctx.backend = of_batch, eps, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        x, weight, bias, stats, y = ctx.saved_tensors
+        if y is not None:
+            grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0)
+        vectors = stats, weight, bias, y is not None
+        grads = _norm_grads(ctx, _ops.batch_norm_relu_grads, grad_y, x, *vectors, ctx.of_batch)
+        return *grads, None, grad_y if ctx.needs_input_grad[4] else None, None, None, None
+
+
+def _norm_grads(ctx: Any, op: Any, *args: Any) -> list[Tensor | None]:
+    """Gradients of (x, weight, bias)."""
+    if not any(ctx.needs_input_grad[:3]):
+        return [None] * 3
+    grad_x, grad_affine = op(*args, ctx.eps, ctx.backend)
+    grads = zip(ctx.needs_input_grad, (grad_x, *grad_affine), strict=False)
+    return [grad if needs else None for needs, grad in grads]
 
 
 def _linear_grads(

@@ -15,15 +15,13 @@ from ._checks import (
     check_conv2d,
     check_device,
     check_float,
-    check_like,
     check_linear,
     check_operands,
     check_shape,
     check_type,
 )
-from .autograd import GeluBatchNorm, MaskedConv2d, MaskedLinear, ScoredConv2d, ScoredLinear
+from .autograd import MaskedConv2d, MaskedLinear, ScoredConv2d, ScoredLinear, wants_grad
 from .backends import AUTO
-from .backends._layout import at_least_float32
 from .mask import PackedMask
 from .prototype import Prototype
 from .rules import Rule
@@ -70,7 +68,7 @@ def masked_linear(
     check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
     operands = (values, mask.words, bias, _scale(scale, x))
-    run = MaskedLinear.apply if _wants_grad(x, values, bias) else _ops.masked_linear
+    run = MaskedLinear.apply if wants_grad(x, values, bias) else _ops.masked_linear
     y: Tensor = run(_tokens(x), *operands, backend or AUTO)
     _bound.remember(call, operands)
     return _restore(y, x)
@@ -109,7 +107,7 @@ def scored_linear(
     backend = backend or AUTO
     words = rule.select(scores, backend)
     scale = rule.weight_scale(words, scores.numel())
-    if not _wants_grad(x, values, bias, scores):
+    if not wants_grad(x, values, bias, scores):
         return _restore(_ops.masked_linear(_tokens(x), values, words, bias, scale, backend), x)
     y: Tensor = ScoredLinear.apply(  # type: ignore[no-untyped-call]
         _tokens(x), values, words, bias, scores, scale, rule.absolute, backend
@@ -146,7 +144,7 @@ def compact_linear(
     check_linear(x, values, "mask", mask.shape)
     check_operands(x, values, bias, mask.shape)
     check_device("mask", mask.words, "x", x)
-    if _wants_grad(x, values, bias):
+    if wants_grad(x, values, bias):
         raise RuntimeError(
             "compact_linear: got an input that requires grad, expected none: a compact weight "
             "serves inference only; pack without compact=True, or use torch.no_grad()"
@@ -196,7 +194,7 @@ def masked_conv2d(
     check_device("mask", mask.words, "x", x)
     operands = (values, mask.words, bias, _scale(scale, x), list(mask.shape[2:]))
     y: Tensor
-    if _wants_grad(x, values, bias):
+    if wants_grad(x, values, bias):
         y = MaskedConv2d.apply(batch, *operands, geometry, backend or AUTO)  # type: ignore[no-untyped-call]
     else:
         y = _ops.masked_conv2d(batch, *operands, *geometry, backend or AUTO)
@@ -242,7 +240,7 @@ def scored_conv2d(
     words = rule.select(scores, backend)
     scale = rule.weight_scale(words, scores.numel())
     y: Tensor
-    if _wants_grad(x, values, bias, scores):
+    if wants_grad(x, values, bias, scores):
         y = ScoredConv2d.apply(  # type: ignore[no-untyped-call]
             batch, values, words, bias, scores, scale, rule.absolute, geometry, backend
         )
@@ -250,92 +248,6 @@ def scored_conv2d(
         kernel_size = list(scores.shape[2:])
         y = _ops.masked_conv2d(batch, values, words, bias, scale, kernel_size, *geometry, backend)
     return y if x.dim() == 4 else y.squeeze(0)
-
-
-def gelu_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *,
-    residual: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """``F.batch_norm(F.gelu(x), ...) + residual``, which keeps x alone for the backward.
-
-    Args:
-        x: ``[B, C, H, W]``; channels_last stays channels_last.
-        running_mean, running_var: ``[C]``, dtype of x or float32; updated in place when training,
-            else what x is normalised by. None only when training.
-        weight, bias: ``[C]``, dtype of x or float32, or None for 1 and 0.
-        training, momentum, eps: as in ``F.batch_norm``.
-        residual: ``[B, C, H, W]``, dtype of x, or None for 0.
-        backend: as in ``masked_linear``.
-
-    Returns:
-        ``[B, C, H, W]``. Differentiable once in x, weight, bias and residual. Raises ``ValueError``
-        when training with fewer than 2 values per channel.
-    """
-    check_float("x", x)
-    if x.dim() != 4:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, C, H, W)")
-    vectors = {
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
-    }
-    for name, vector in vectors.items():
-        if vector is not None:
-            check_type(name, vector, Tensor)
-            check_shape(name, vector, x.shape[1:2])
-            if vector.dtype == at_least_float32(x.dtype):
-                check_device(name, vector, "x", x)
-            else:
-                check_like(name, vector, "x", x)
-    if residual is not None:
-        check_type("residual", residual, Tensor)
-        check_shape("residual", residual, x.shape)
-        check_like("residual", residual, "x", x)
-    backend = backend or AUTO
-    if training:
-        stats = _batch_stats(x.detach(), running_mean, running_var, momentum, backend)
-    elif running_mean is None or running_var is None:
-        raise ValueError("running_mean, running_var: got None, expected tensors unless training")
-    else:
-        stats = torch.stack([running_mean, running_var])
-    y: Tensor
-    if _wants_grad(x, weight, bias, residual):
-        y = GeluBatchNorm.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, stats, residual, training, eps, backend
-        )
-    else:
-        y = _ops.gelu_batch_norm(x, stats, weight, bias, residual, eps, backend)
-    return y
-
-
-def _batch_stats(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    backend: str,
-) -> Tensor:
-    """Mean and biased variance of GELU(x); moves the running ones, whose variance is unbiased."""
-    count = x.numel() // max(x.shape[1], 1)
-    if count < 2:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected 2 values per channel to train")
-    stats: Tensor = _ops.gelu_stats(x, backend)
-    if running_mean is not None:
-        running_mean.lerp_(stats[0].to(running_mean), momentum)
-    if running_var is not None:
-        unbiased = stats[1] * (count / (count - 1))
-        running_var.lerp_(unbiased.to(running_var), momentum)
-    return stats
 
 
 def _autocast(
@@ -376,11 +288,6 @@ def _scale(scale: float | Tensor | None, x: Tensor) -> Tensor | None:
         dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
         device=x.device,
     )
-
-
-def _wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether to go through autograd, which costs microseconds, or straight to the op."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ LAYERS = {
         *("_bound", "_ops", "autograd", "_checks", "backends"),
         *("mask", "prototype", "rules"),
     },
+    "norm": {"_ops", "autograd", "_checks", "backends"},
     "nn": {
-        *("functional", "_ops", "_checks", "_text", "backends"),
+        *("functional", "norm", "_ops", "_checks", "_text", "backends"),
         *("draw", "mask", "prototype", "rules"),
     },
     "recipes": {"nn", "rules"},

@@ -108,13 +108,18 @@ def samples() -> dict[str, list[tuple[object, ...]]]:
             (image, stats, stats[0], stats[1], None, 1e-5),
             (last, stats, None, None, image, 0.1),
         ],
-        "gelu_batch_norm_grad_affine": [
-            (image.neg(), image, stats, 1e-5),
-            (image, last, stats, 0.1),
+        "gelu_batch_norm_grads": [
+            (image.neg(), image, stats, stats[0], True, 1e-5),
+            (image, last, stats, None, False, 0.1),
         ],
-        "gelu_batch_norm_grad_x": [
-            (image.neg(), image, stats, stats[0], torch.randn(2, 4), 1e-5),
-            (image, last, stats, None, None, 0.1),
+        "batch_norm_stats": [(image,), (last,)],
+        "batch_norm_relu": [
+            (image, stats, stats[0], stats[1], None, 1e-5),
+            (last, stats, None, None, image, 0.1),
+        ],
+        "batch_norm_relu_grads": [
+            (image.neg(), image, stats, stats[0], stats[1], False, True, 1e-5),
+            (image, last, stats, None, None, True, False, 0.1),
         ],
         "scored_conv2d_grad_scores": [
             (grad_image, image, prototype, kernel_scores, scale, True, *geometry),

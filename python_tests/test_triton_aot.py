@@ -32,7 +32,7 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
     full, depthwise = ([1, 1], [1, 1], [1, 1], 1), ([1, 1], [2, 2], [1, 1], 64)
     point_words, point = torch.zeros(64, 2, dtype=torch.int32), ([1, 1], [0, 0], [1, 1], 1)
     affine = torch.randn(4, 64)
-    stats, vector, grads = torch.rand(2, 64), torch.rand(64), torch.randn(2, 64)
+    stats, vector = torch.rand(2, 64), torch.rand(64)
     planar = image.float().contiguous()
     one = _draw(1)  # random_padding's shortest; Triton compiles a period of 1 in
     return {
@@ -89,10 +89,18 @@ def calls() -> dict[str, list[tuple[object, ...]]]:
             (image, stats, vector, vector, image, 1e-5),
             (planar, stats, None, None, None, 1e-5),
         ],
-        "gelu_batch_norm_grad_affine": [(image, image, stats, 1e-5)],
-        "gelu_batch_norm_grad_x": [
-            (image, image, stats, vector, grads, 1e-5),
-            (planar, planar, stats, None, None, 1e-5),
+        "gelu_batch_norm_grads": [
+            (image, image, stats, vector, True, 1e-5),
+            (planar, planar, stats, None, False, 1e-5),
+        ],
+        "batch_norm_stats": [(image,), (planar,)],
+        "batch_norm_relu": [
+            (image, stats, vector, vector, image, 1e-5),
+            (planar, stats, None, None, None, 1e-5),
+        ],
+        "batch_norm_relu_grads": [
+            (image, image, stats, vector, vector, False, True, 1e-5),
+            (planar, planar, stats, None, None, True, False, 1e-5),
         ],
     }
 

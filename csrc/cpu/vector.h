@@ -73,6 +73,13 @@ MK_INLINE Floats<kLanes> max_of(const Floats<kLanes>& a, const Floats<kLanes>& b
   }
 }
 
+// Has a vector that a mask applies to loaded before: under the mask, the load would wait for it.
+template <int kLanes>
+MK_INLINE void keep_loaded(Floats<kLanes>& vector) {
+  if constexpr (kLanes >= 8)
+    asm("" : "+v"(vector));
+}
+
 // fn(count) for a vector of which `count` elements exist. Of a whole one the count is a constant,
 // and nothing remains of what serves a part.
 template <int kLanes, class Fn>

@@ -27,10 +27,11 @@ void test_gelu(const Exec& exec) {
   x.insert(x.end(), {-1e30f, -1e4f, 1e4f, 1e30f, 0.0f, -0.0f, 1e-30f});
   const auto pixels = static_cast<int64_t>(x.size());
   const float zero = 0, one = 1;
-  const GeluBatchNorm p{x.data(), pixels, 1, &zero, &one, nullptr, nullptr, 0.0f};
+  const BatchNorm p{x.data(), pixels, 1, &zero, &one, nullptr, nullptr, 0.0f};
   std::vector<float> y(pixels, NAN), slope(pixels, NAN), ones(pixels, 1.0f);
+  float grad_weight, grad_bias;
   gelu_batch_norm(p, nullptr, y.data(), exec);
-  gelu_batch_norm_grad_x(p, ones.data(), nullptr, nullptr, slope.data(), exec);
+  gelu_batch_norm_grads(p, ones.data(), false, slope.data(), &grad_weight, &grad_bias, exec);
   for (int64_t i = 0; i < pixels; ++i) {
     const double bound = 1.2e-7 * (1 + std::abs(x[i]));
     CHECK(std::abs(y[i] - gelu(x[i])) <= bound, name(exec.isa), x[i], y[i], gelu(x[i]));
@@ -55,12 +56,11 @@ void test_norm(const Exec& exec, int64_t pixels, int64_t channels, float offset,
   const float eps = 1e-3f;
 
   gelu_stats(x.data(), pixels, channels, mean.data(), var.data(), exec);
-  const GeluBatchNorm p{
+  const BatchNorm p{
       x.data(), pixels, channels, mean.data(), var.data(), weight.data(), bias.data(), eps};
   gelu_batch_norm(p, residual.data(), y.data(), exec);
-  gelu_batch_norm_grad_affine(p, grad_y.data(), grad_weight.data(), grad_bias.data(), exec);
-  gelu_batch_norm_grad_x(
-      p, grad_y.data(), grad_weight.data(), grad_bias.data(), grad_x.data(), exec);
+  gelu_batch_norm_grads(
+      p, grad_y.data(), true, grad_x.data(), grad_weight.data(), grad_bias.data(), exec);
 
   for (int64_t c = 0; c < channels; ++c) {
     double m = 0, v = 0, gw = 0, gb = 0;

@@ -568,7 +568,7 @@ Tensor depthwise_grad_op(
 }
 
 // x [B, C, H, W] channels_last; stats [2, C] are mean and biased variance
-GeluBatchNorm norm_of(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
+BatchNorm norm_of(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
     const OptionalTensor& bias, double eps) {
   const int64_t channels = x.dim() == 4 ? x.size(1) : 0;
   const float* mean = floats_of("stats", stats, 2 * channels);
@@ -577,46 +577,71 @@ GeluBatchNorm norm_of(const Tensor& x, const Tensor& stats, const OptionalTensor
       bias ? floats_of("bias", *bias, channels) : nullptr, static_cast<float>(eps)};
 }
 
-Tensor gelu_stats_op(const Tensor& x) {
+// Mean and biased variance, [2, C], by gelu_stats or batch_norm_stats.
+template <class Stats>
+Tensor stats_of(const Stats& run, const Tensor& x) {
   const float* pixels = pixels_of("x", x, x);
   check(x.numel() > 0, "x: no pixels");
   const int64_t channels = x.size(1);
   Tensor stats = empty({2, channels}, ScalarType::Float);
   float* mean = stats.mutable_data_ptr<float>();
-  gelu_stats(pixels, x.numel() / channels, channels, mean, mean + channels, exec());
+  run(pixels, x.numel() / channels, channels, mean, mean + channels, exec());
   return stats;
 }
 
-Tensor gelu_batch_norm_op(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& residual, double eps) {
-  const GeluBatchNorm params = norm_of(x, stats, weight, bias, eps);
+Tensor gelu_stats_op(const Tensor& x) {
+  return stats_of(gelu_stats, x);
+}
+
+// By gelu_batch_norm or batch_norm_relu.
+template <class Run>
+Tensor normalised_by(const Run& run, const Tensor& x, const Tensor& stats,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+    double eps) {
+  const BatchNorm params = norm_of(x, stats, weight, bias, eps);
   Tensor y = torch::stable::empty_like(x);
-  gelu_batch_norm(params, residual ? pixels_of("residual", *residual, x) : nullptr,
+  run(params, residual ? pixels_of("residual", *residual, x) : nullptr,
       y.mutable_data_ptr<float>(), exec());
   return y;
 }
 
-// The gradients of weight and bias, [2, C].
-Tensor gelu_batch_norm_grad_affine_op(
-    const Tensor& grad_y, const Tensor& x, const Tensor& stats, double eps) {
-  const GeluBatchNorm params = norm_of(x, stats, std::nullopt, std::nullopt, eps);
-  Tensor grad = empty({2, params.channels}, ScalarType::Float);
-  float* grad_weight = grad.mutable_data_ptr<float>();
-  gelu_batch_norm_grad_affine(
-      params, pixels_of("grad_y", grad_y, x), grad_weight, grad_weight + params.channels, exec());
-  return grad;
+Tensor gelu_batch_norm_op(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, double eps) {
+  return normalised_by(gelu_batch_norm, x, stats, weight, bias, residual, eps);
 }
 
-Tensor gelu_batch_norm_grad_x_op(const Tensor& grad_y, const Tensor& x, const Tensor& stats,
-    const OptionalTensor& weight, const OptionalTensor& grad_affine, double eps) {
-  const GeluBatchNorm params = norm_of(x, stats, weight, std::nullopt, eps);
-  const float* grad_weight =
-      grad_affine ? floats_of("grad_affine", *grad_affine, 2 * params.channels) : nullptr;
+// The gradients of x and, [2, C], of weight and bias.
+std::tuple<Tensor, Tensor> gelu_batch_norm_grads_op(const Tensor& grad_y, const Tensor& x,
+    const Tensor& stats, const OptionalTensor& weight, bool of_batch, double eps) {
+  const BatchNorm params = norm_of(x, stats, weight, std::nullopt, eps);
   Tensor grad_x = torch::stable::empty_like(x);
-  gelu_batch_norm_grad_x(params, pixels_of("grad_y", grad_y, x), grad_weight,
-      grad_weight ? grad_weight + params.channels : nullptr, grad_x.mutable_data_ptr<float>(),
-      exec());
-  return grad_x;
+  Tensor grad_affine = empty({2, params.channels}, ScalarType::Float);
+  float* grad_weight = grad_affine.mutable_data_ptr<float>();
+  gelu_batch_norm_grads(params, pixels_of("grad_y", grad_y, x), of_batch,
+      grad_x.mutable_data_ptr<float>(), grad_weight, grad_weight + params.channels, exec());
+  return {grad_x, grad_affine};
+}
+
+Tensor batch_norm_stats_op(const Tensor& x) {
+  return stats_of(batch_norm_stats, x);
+}
+
+Tensor batch_norm_relu_op(const Tensor& x, const Tensor& stats, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, double eps) {
+  return normalised_by(batch_norm_relu, x, stats, weight, bias, residual, eps);
+}
+
+// As gelu_batch_norm_grads_op.
+std::tuple<Tensor, Tensor> batch_norm_relu_grads_op(const Tensor& grad_y, const Tensor& x,
+    const Tensor& stats, const OptionalTensor& weight, const OptionalTensor& bias, bool is_of_norm,
+    bool of_batch, double eps) {
+  const BatchNorm params = norm_of(x, stats, weight, bias, eps);
+  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_affine = empty({2, params.channels}, ScalarType::Float);
+  float* grad_weight = grad_affine.mutable_data_ptr<float>();
+  batch_norm_relu_grads(params, pixels_of("grad_y", grad_y, x), is_of_norm, of_batch,
+      grad_x.mutable_data_ptr<float>(), grad_weight, grad_weight + params.channels, exec());
+  return {grad_x, grad_affine};
 }
 
 std::string isa_op() {
@@ -662,9 +687,13 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
   m.def("gelu_stats(Tensor x) -> Tensor");
   m.def("gelu_batch_norm(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, "
         "float eps) -> Tensor");
-  m.def("gelu_batch_norm_grad_affine(Tensor grad_y, Tensor x, Tensor stats, float eps) -> Tensor");
-  m.def("gelu_batch_norm_grad_x(Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, "
-        "Tensor? grad_affine, float eps) -> Tensor");
+  m.def("gelu_batch_norm_grads(Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, "
+        "bool of_batch, float eps) -> (Tensor, Tensor)");
+  m.def("batch_norm_stats(Tensor x) -> Tensor");
+  m.def("batch_norm_relu(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, "
+        "float eps) -> Tensor");
+  m.def("batch_norm_relu_grads(Tensor grad_y, Tensor x, Tensor stats, Tensor? weight, "
+        "Tensor? bias, bool is_of_norm, bool of_batch, float eps) -> (Tensor, Tensor)");
   m.def("depthwise_grad(Tensor grad_y, Tensor x, int kernel, int pad_h, int pad_w) -> Tensor");
 }
 
@@ -697,8 +726,10 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));
   m.impl("gelu_stats", TORCH_BOX(&gelu_stats_op));
   m.impl("gelu_batch_norm", TORCH_BOX(&gelu_batch_norm_op));
-  m.impl("gelu_batch_norm_grad_affine", TORCH_BOX(&gelu_batch_norm_grad_affine_op));
-  m.impl("gelu_batch_norm_grad_x", TORCH_BOX(&gelu_batch_norm_grad_x_op));
+  m.impl("gelu_batch_norm_grads", TORCH_BOX(&gelu_batch_norm_grads_op));
+  m.impl("batch_norm_stats", TORCH_BOX(&batch_norm_stats_op));
+  m.impl("batch_norm_relu", TORCH_BOX(&batch_norm_relu_op));
+  m.impl("batch_norm_relu_grads", TORCH_BOX(&batch_norm_relu_grads_op));
   m.impl("depthwise_grad", TORCH_BOX(&depthwise_grad_op));
 }
 

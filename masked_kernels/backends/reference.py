@@ -187,8 +187,7 @@ scored_conv2d_grads = functools.partial(
 
 
 def gelu_stats(x: Tensor) -> Tensor:
-    var, mean = torch.var_mean(F.gelu(_widened(x)), _over_pixels(x), correction=0)
-    return torch.stack([mean, var])
+    return batch_norm_stats(F.gelu(_widened(x)))
 
 
 def gelu_batch_norm(
@@ -199,39 +198,72 @@ def gelu_batch_norm(
     residual: Tensor | None,
     eps: float,
 ) -> Tensor:
-    y = _normalised(x, stats, eps)
-    if weight is not None:
-        y = y * _per_channel(weight, x)
-    if bias is not None:
-        y = y + _per_channel(bias, x)
+    y = _normalised(F.gelu(_widened(x)), stats, weight, bias, eps)
     if residual is not None:
         y = y + residual
-    return y.to(x.dtype, memory_format=conv_memory_format(x))
+    return _image_like(x, y)
 
 
-def gelu_batch_norm_grad_affine(grad_y: Tensor, x: Tensor, stats: Tensor, eps: float) -> Tensor:
-    grad_y = _widened(grad_y)
-    grad_weight = (grad_y * _normalised(x, stats, eps)).sum(_over_pixels(x))
-    return torch.stack([grad_weight, grad_y.sum(_over_pixels(x))])
+def gelu_batch_norm_grads(
+    grad_y: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, of_batch: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    wide = _widened(x)
+    grad, grad_affine = _batch_norm_grads(grad_y, F.gelu(wide), stats, weight, of_batch, eps)
+    return _image_like(x, torch.ops.aten.gelu_backward(grad, wide)), grad_affine
 
 
-def gelu_batch_norm_grad_x(
+def batch_norm_stats(x: Tensor) -> Tensor:
+    var, mean = torch.var_mean(_widened(x), _over_pixels(x), correction=0)
+    return torch.stack([mean, var])
+
+
+def batch_norm_relu(
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> Tensor:
+    y = _normalised(_widened(x), stats, weight, bias, eps)
+    if residual is not None:
+        y = y + residual
+    return _image_like(x, F.relu(y))
+
+
+def batch_norm_relu_grads(
     grad_y: Tensor,
     x: Tensor,
     stats: Tensor,
     weight: Tensor | None,
-    grad_affine: Tensor | None,
+    bias: Tensor | None,
+    is_of_norm: bool,
+    of_batch: bool,
     eps: float,
-) -> Tensor:
-    grad = _widened(grad_y)
-    if grad_affine is not None:  # mean and variance move with x
+) -> tuple[Tensor, Tensor]:
+    wide, grad = _widened(x), _widened(grad_y)
+    if not is_of_norm:
+        y = _normalised(wide, stats, weight, bias, eps)
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    grad_x, grad_affine = _batch_norm_grads(grad, wide, stats, weight, of_batch, eps)
+    return _image_like(x, grad_x), grad_affine
+
+
+def _batch_norm_grads(
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, of_batch: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and, [2, C], of weight and bias; mean and variance move with x where they are
+    of the batch.
+    """
+    grad = _widened(grad)
+    normalised = _normalised(x, stats, None, None, eps)
+    grad_affine = torch.stack([(grad * normalised).sum(_over_pixels(x)), grad.sum(_over_pixels(x))])
+    if of_batch:
         grad_weight, grad_bias = (_per_channel(t, x) for t in grad_affine)
         pixels = x.numel() // max(x.shape[1], 1)
-        grad = grad - (grad_bias + _normalised(x, stats, eps) * grad_weight) / pixels
+        grad = grad - (grad_bias + normalised * grad_weight) / pixels
     factor = (_widened(stats)[1] + eps).rsqrt()
-    grad = grad * _per_channel(factor if weight is None else factor * weight, x)
-    grad_x: Tensor = torch.ops.aten.gelu_backward(grad, _widened(x))
-    return grad_x.to(x.dtype, memory_format=conv_memory_format(x))
+    return grad * _per_channel(factor if weight is None else factor * weight, x), grad_affine
 
 
 def _widened(t: Tensor) -> Tensor:
@@ -246,9 +278,18 @@ def _per_channel(t: Tensor, x: Tensor) -> Tensor:
     return t.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def _normalised(x: Tensor, stats: Tensor, eps: float) -> Tensor:
+def _normalised(
+    x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     mean, var = _widened(stats)
-    return (F.gelu(_widened(x)) - _per_channel(mean, x)) * _per_channel((var + eps).rsqrt(), x)
+    y = (x - _per_channel(mean, x)) * _per_channel((var + eps).rsqrt(), x)
+    if weight is not None:
+        y = y * _per_channel(weight, x)
+    return y if bias is None else y + _per_channel(bias, x)
+
+
+def _image_like(x: Tensor, image: Tensor) -> Tensor:
+    return image.to(x.dtype, memory_format=conv_memory_format(x))
 
 
 def _select_topk(scores: Tensor, drop: int, absolute: bool, name: str) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn import FusedSequential
 from .registry import register_model
 
 STEMS = ("cifar", "imagenet")
@@ -63,7 +64,7 @@ class ResNet(nn.Module):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
         kernel_size, stride = (3, 1) if stem == "cifar" else (7, 2)
-        self.stem = nn.Sequential(
+        self.stem = FusedSequential(
             *_conv_norm(in_channels, width, kernel_size, stride, norm_affine),
             nn.ReLU(inplace=True),
         )
@@ -101,13 +102,13 @@ class ResNetBlock(nn.Module):
         super().__init__()
         channels = width * BLOCKS[kind]
         if kind == "basic":
-            self.branch = nn.Sequential(
+            self.branch = FusedSequential(
                 *_conv_norm(in_channels, width, 3, stride, affine),
                 nn.ReLU(inplace=True),
                 *_conv_norm(width, width, 3, 1, affine),
             )
         else:
-            self.branch = nn.Sequential(
+            self.branch = FusedSequential(
                 *_conv_norm(in_channels, width, 1, 1, affine),
                 nn.ReLU(inplace=True),
                 *_conv_norm(width, width, 3, stride, affine),
@@ -124,7 +125,7 @@ class ResNetBlock(nn.Module):
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.activation(self.branch(x) + self.shortcut(x))
+        result: Tensor = self.branch(x, self.shortcut(x), self.activation)
         return result
 
 

@@ -39,13 +39,19 @@ class PackedSequential(nn.Sequential):
         self._steps: list[Step] = []
         self._chain: _Chain | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, activation: nn.Module | None = None
+    ) -> Tensor:
         """As the plain form; the result of a fused op is channels_last."""
         if not self._is_as_planned():
             self._planned, self._steps = list(_contents(self)), plan(self)
             self._chain = _Chain.of(self._steps)
         y = None if self._chain is None else self._chain(x)
-        return _run(self._steps, x) if y is None else y
+        if y is None:
+            y = _run(self._steps, x)
+        if residual is not None:
+            y = y + residual
+        return y if activation is None else activation(y)
 
     def _is_as_planned(self) -> bool:
         return bool(self._planned) and all(

@@ -279,9 +279,8 @@ struct DepthwiseGrad {
 };
 void depthwise_grad(const DepthwiseGrad& params, const Exec& exec);
 
-// BatchNorm of g = GELU(x), x [pixels, channels]:
-// y = weight * (g - mean) / sqrt(var + eps) + bias + residual.
-struct GeluBatchNorm {
+// n = weight * (v - mean) / sqrt(var + eps) + bias, of values v that come of x [pixels, channels].
+struct BatchNorm {
   const float* x;
   int64_t pixels, channels;
   const float* mean;   // [channels], as all that follow
@@ -295,18 +294,22 @@ struct GeluBatchNorm {
 void gelu_stats(
     const float* x, int64_t pixels, int64_t channels, float* mean, float* var, const Exec& exec);
 
-// residual [pixels, channels], or null
-void gelu_batch_norm(
-    const GeluBatchNorm& params, const float* residual, float* y, const Exec& exec);
+// y = n + residual, v = GELU(x); residual [pixels, channels], or null
+void gelu_batch_norm(const BatchNorm& params, const float* residual, float* y, const Exec& exec);
 
-// The gradients of weight and bias: sums over pixels of grad_y * (g - mean) / sqrt(var + eps) and
-// of grad_y.
-void gelu_batch_norm_grad_affine(const GeluBatchNorm& params, const float* grad_y,
-    float* grad_weight, float* grad_bias, const Exec& exec);
+// The gradients of x, weight and bias. mean and var move with x where they are `of_batch`.
+void gelu_batch_norm_grads(const BatchNorm& params, const float* grad_y, bool of_batch,
+    float* grad_x, float* grad_weight, float* grad_bias, const Exec& exec);
 
-// Where mean and var are those of the batch, grad_x needs the gradients of weight and bias; where
-// they are constants, these are null.
-void gelu_batch_norm_grad_x(const GeluBatchNorm& params, const float* grad_y,
-    const float* grad_weight, const float* grad_bias, float* grad_x, const Exec& exec);
+// mean and biased variance of x [pixels, channels], pixels >= 1
+void batch_norm_stats(
+    const float* x, int64_t pixels, int64_t channels, float* mean, float* var, const Exec& exec);
+
+// y = max(n + residual, 0), v = x; residual [pixels, channels], or null
+void batch_norm_relu(const BatchNorm& params, const float* residual, float* y, const Exec& exec);
+
+// As gelu_batch_norm_grads; grad_y is that of n where it `is_of_norm`, else that of max(n, 0).
+void batch_norm_relu_grads(const BatchNorm& params, const float* grad_y, bool is_of_norm,
+    bool of_batch, float* grad_x, float* grad_weight, float* grad_bias, const Exec& exec);
 
 } // namespace masked_kernels

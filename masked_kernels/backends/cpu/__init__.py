@@ -49,9 +49,11 @@ from .linear import (
     scored_linear_grad_scores,
 )
 from .norm import (
+    batch_norm_relu,
+    batch_norm_relu_grads,
+    batch_norm_stats,
     gelu_batch_norm,
-    gelu_batch_norm_grad_affine,
-    gelu_batch_norm_grad_x,
+    gelu_batch_norm_grads,
     gelu_stats,
 )
 from .plan import bounds_of, linear_decision
@@ -63,7 +65,7 @@ _BIND: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
     "masked_conv2d": bind_masked_conv2d,
     "masked_conv2d_chain": bind_masked_conv2d_chain,
 }
-_FLOAT32_ONLY = ("gelu_", "masked_conv2d_fused", "masked_conv2d_chain")
+_FLOAT32_ONLY = ("gelu_", "batch_norm_", "masked_conv2d_fused", "masked_conv2d_chain")
 
 
 def why_not(op: str, *args: object) -> str | None:

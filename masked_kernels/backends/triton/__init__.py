@@ -39,8 +39,10 @@ _HOME = {
     "scored_conv2d_grads": "conv2d_grad",
     "gelu_stats": "norm",
     "gelu_batch_norm": "norm",
-    "gelu_batch_norm_grad_affine": "norm",
-    "gelu_batch_norm_grad_x": "norm",
+    "gelu_batch_norm_grads": "norm",
+    "batch_norm_stats": "norm",
+    "batch_norm_relu": "norm",
+    "batch_norm_relu_grads": "norm",
 }
 """The file of each op."""
 

@@ -1,4 +1,5 @@
-"""GELU and BatchNorm in one: each pass reads x, computes GELU anew, and keeps nothing of its size.
+"""BatchNorm with GELU before it or ReLU after it in one: each pass reads x, computes GELU or what
+passed the ReLU anew, and keeps nothing of its size.
 
 Images are ``[B, C, pixels]`` by their strides. A program takes some channels and one part of all
 pixels, so that it prepares its channels once and loads ahead. Its lanes sum on their own; the lanes
@@ -15,16 +16,28 @@ from torch import Tensor
 from .._layout import at_least_float32
 from . import config
 from ._conv import new_image
-from ._helpers import Split, gelu, normal_cdf, on_device, split
+from ._helpers import Split, normal_cdf, on_device, split
+from ._norm import (
+    factors,
+    inverse_deviation,
+    joined,
+    load,
+    load_parts,
+    load_value,
+    load_vector,
+    normal_density,
+    normalised,
+    offsets,
+    part_of_pixels,
+    store_part,
+    through_relu,
+)
 
 _CHANNELS = 16  # per program of the passes over parts
 
 
 def gelu_stats(x: Tensor) -> Tensor:
-    stats = x.new_empty((2, x.shape[1]), dtype=at_least_float32(x.dtype))
-    if stats.numel():
-        _sum(_stats_kernel, _add_stats_kernel, (x,), (), stats)
-    return stats
+    return _stats(x, True)
 
 
 def gelu_batch_norm(
@@ -35,35 +48,85 @@ def gelu_batch_norm(
     residual: Tensor | None,
     eps: float,
 ) -> Tensor:
-    y = new_image(x, x.shape)
-    if y.numel():
-        images = (x, y, x if residual is None else residual)
-        vectors = (stats.contiguous(), weight, bias, residual is not None, eps)
-        _map(_normalise_kernel, images, vectors)
-    return y
+    return _normalise(x, stats, weight, bias, residual, eps, True)
 
 
-def gelu_batch_norm_grad_affine(grad_y: Tensor, x: Tensor, stats: Tensor, eps: float) -> Tensor:
-    grads = x.new_empty((2, x.shape[1]), dtype=at_least_float32(x.dtype))
-    if grads.numel():
-        vectors = (stats.contiguous(), eps)
-        _sum(_grad_affine_kernel, _add_grad_affine_kernel, (x, grad_y), vectors, grads)
-    return grads
+def gelu_batch_norm_grads(
+    grad_y: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, of_batch: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _grads(grad_y, x, (stats.contiguous(), weight, None, eps), of_batch, True, False)
 
 
-def gelu_batch_norm_grad_x(
+def batch_norm_stats(x: Tensor) -> Tensor:
+    return _stats(x, False)
+
+
+def batch_norm_relu(
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> Tensor:
+    return _normalise(x, stats, weight, bias, residual, eps, False)
+
+
+def batch_norm_relu_grads(
     grad_y: Tensor,
     x: Tensor,
     stats: Tensor,
     weight: Tensor | None,
-    grad_affine: Tensor | None,
+    bias: Tensor | None,
+    is_of_norm: bool,
+    of_batch: bool,
     eps: float,
+) -> tuple[Tensor, Tensor]:
+    return _grads(
+        grad_y, x, (stats.contiguous(), weight, bias, eps), of_batch, False, not is_of_norm
+    )
+
+
+def _stats(x: Tensor, gelu: bool) -> Tensor:
+    stats = x.new_empty((2, x.shape[1]), dtype=at_least_float32(x.dtype))
+    if stats.numel():
+        _sum(_stats_kernel, _add_stats_kernel, (x,), (), (gelu,), stats)
+    return stats
+
+
+def _normalise(
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    gelu: bool,
 ) -> Tensor:
+    y = new_image(x, x.shape)
+    if y.numel():
+        images = (x, y, x if residual is None else residual)
+        vectors = (stats.contiguous(), weight, bias, eps, residual is not None, gelu)
+        _map(_normalise_kernel, images, vectors)
+    return y
+
+
+def _grads(
+    grad_y: Tensor, x: Tensor, vectors: tuple, of_batch: bool, gelu: bool, gated: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and, [2, channels], of weight and bias; grad_y comes through the ReLU if
+    ``gated``.
+    """
     grad_x = new_image(x, x.shape)
+    grad_affine = x.new_empty((2, x.shape[1]), dtype=at_least_float32(x.dtype))
+    flags = (gelu, gated)
+    if grad_affine.numel():
+        images = (x, grad_y)
+        _sum(_grad_affine_kernel, _add_grad_affine_kernel, images, vectors, flags, grad_affine)
     if grad_x.numel():
-        affine = None if grad_affine is None else grad_affine.contiguous()
-        _map(_grad_x_kernel, (x, grad_x, grad_y), (stats.contiguous(), weight, affine, eps))
-    return grad_x
+        moves = grad_affine if of_batch else None
+        _map(_grad_x_kernel, (x, grad_x, grad_y), (*vectors, moves, *flags))
+    return grad_x, grad_affine
 
 
 def _map(kernel: triton.JITFunction, images: tuple[Tensor, ...], vectors: tuple) -> None:
@@ -76,6 +139,7 @@ def _sum(
     add: triton.JITFunction,
     images: tuple[Tensor, ...],
     vectors: tuple,
+    flags: tuple[bool, ...],
     out: Tensor,
 ) -> None:
     """Fill ``out`` ``[2, channels]`` in two passes: parts of the pixels, then over the parts."""
@@ -84,7 +148,7 @@ def _sum(
     tile = config.image_tile(x.stride(1) == 1)
     parts, per_part = _split(x, tile, least=4)
     partial = x.new_empty((2, parts, channels), dtype=torch.float32)
-    _launch(kernel, images, (*vectors, partial), tile, Split(parts, per_part))
+    _launch(kernel, images, (*vectors, partial, *flags), tile, Split(parts, per_part))
     with on_device(x):
         add[(config.cdiv(channels, _CHANNELS),)](
             *(partial, out, *vectors, x.numel() // channels, channels, parts, per_part),
@@ -124,42 +188,6 @@ def _launch(
 
 
 @triton.jit
-def _at(strides, pixel, channel, pixels_of_image):
-    """Offsets [pixel, channel] in an image. Without ``pixels_of_image`` all images are as one."""
-    if pixels_of_image is None:
-        place = pixel.to(tl.int64) * strides[2]
-    else:
-        place = (pixel // pixels_of_image).to(tl.int64) * strides[0]
-        place += (pixel % pixels_of_image).to(tl.int64) * strides[2]
-    return place[:, None] + channel.to(tl.int64)[None, :] * strides[1]
-
-
-@triton.jit
-def _load(image, strides, pixel, channel, pixels_of_image, ok):
-    at = _at(strides, pixel, channel, pixels_of_image)
-    return tl.load(image + at, mask=ok, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_vector(vector, channel, ok):
-    return tl.load(vector + channel, mask=ok, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _inverse_deviation(stats, channel, ok, channels, eps):
-    var = tl.load(stats + channels + channel, mask=ok, other=1.0).to(tl.float32)
-    return tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var + eps))
-
-
-@triton.jit
-def _part(pixels, channels, per_part, CHANNELS: tl.constexpr):
-    """First pixel and end of this program's part, its channels, and whether there are such."""
-    begin = tl.program_id(1) * per_part
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    return begin, tl.minimum(begin + per_part, pixels), channel, channel < channels
-
-
-@triton.jit
 def _normalise_kernel(
     x,
     strides_x,
@@ -173,30 +201,26 @@ def _normalise_kernel(
     stats,
     weight,
     bias,
-    RESIDUAL: tl.constexpr,
     eps,
+    RESIDUAL: tl.constexpr,
+    GELU: tl.constexpr,
     per_part,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    begin, end, channel, channel_ok = _part(pixels, channels, per_part, CHANNELS)
-    mean = _load_vector(stats, channel, channel_ok)
-    factor = _inverse_deviation(stats, channel, channel_ok, channels, eps)
-    if weight is not None:
-        factor *= _load_vector(weight, channel, channel_ok)
-    shift = tl.zeros_like(mean)
-    if bias is not None:
-        shift = _load_vector(bias, channel, channel_ok)
+    begin, end, channel, channel_ok = part_of_pixels(pixels, channels, per_part, CHANNELS)
+    mean, factor, shift = factors(stats, weight, bias, channel, channel_ok, channels, eps)
     for start in tl.range(begin, end, PIXELS, num_stages=STAGES):
         pixel = start + tl.arange(0, PIXELS)
         ok = (pixel < end)[:, None] & channel_ok[None, :]
-        value = gelu(_load(x, strides_x, pixel, channel, pixels_of_image, ok))
-        # The difference comes first: of values far from 0 and near one another it is exact.
-        value = (value - mean[None, :]) * factor[None, :] + shift[None, :]
+        value = load_value(x, strides_x, pixel, channel, pixels_of_image, ok, GELU)
+        value = normalised(value, mean, factor, shift)
         if RESIDUAL:
-            value += _load(residual, strides_residual, pixel, channel, pixels_of_image, ok)
-        at = _at(strides_y, pixel, channel, pixels_of_image)
+            value += load(residual, strides_residual, pixel, channel, pixels_of_image, ok)
+        if not GELU:
+            value = tl.where(value <= 0.0, 0.0, value)  # NaN stays
+        at = offsets(strides_y, pixel, channel, pixels_of_image)
         tl.store(y + at, value.to(y.dtype.element_ty), mask=ok)
 
 
@@ -213,69 +237,39 @@ def _grad_x_kernel(
     channels,
     stats,
     weight,
-    grad_affine,
+    bias,
     eps,
+    grad_affine,
+    GELU: tl.constexpr,
+    GATED: tl.constexpr,
     per_part,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    begin, end, channel, channel_ok = _part(pixels, channels, per_part, CHANNELS)
-    inverse = _inverse_deviation(stats, channel, channel_ok, channels, eps)
-    factor = inverse
-    if weight is not None:
-        factor *= _load_vector(weight, channel, channel_ok)
+    begin, end, channel, channel_ok = part_of_pixels(pixels, channels, per_part, CHANNELS)
+    mean, factor, shift = factors(stats, weight, bias, channel, channel_ok, channels, eps)
     if grad_affine is not None:  # mean and variance move with x
-        mean = _load_vector(stats, channel, channel_ok)
-        slope = inverse * _load_vector(grad_affine, channel, channel_ok) / pixels
-        shift = _load_vector(grad_affine + channels, channel, channel_ok) / pixels
+        inverse = inverse_deviation(stats, channel, channel_ok, channels, eps)
+        slope = inverse * load_vector(grad_affine, channel, channel_ok) / pixels
+        of_all = load_vector(grad_affine + channels, channel, channel_ok) / pixels
     for start in tl.range(begin, end, PIXELS, num_stages=STAGES):
         pixel = start + tl.arange(0, PIXELS)
         ok = (pixel < end)[:, None] & channel_ok[None, :]
-        value = _load(x, strides_x, pixel, channel, pixels_of_image, ok)
-        grad = _load(grad_y, strides_grad_y, pixel, channel, pixels_of_image, ok)
-        below = normal_cdf(value)
+        value = load(x, strides_x, pixel, channel, pixels_of_image, ok)
+        grad = load(grad_y, strides_grad_y, pixel, channel, pixels_of_image, ok)
+        bend = tl.full((PIXELS, CHANNELS), 1.0, tl.float32)
+        if GELU:
+            below = normal_cdf(value)
+            bend = below + value * normal_density(value)
+            value *= below
+        if GATED:
+            grad = through_relu(grad, normalised(value, mean, factor, shift))
         if grad_affine is not None:
-            grad -= shift[None, :] + (value * below - mean[None, :]) * slope[None, :]
-        grad *= factor[None, :] * (below + value * _normal_density(value))
-        at = _at(strides_grad_x, pixel, channel, pixels_of_image)
+            grad -= of_all[None, :] + (value - mean[None, :]) * slope[None, :]
+        grad *= factor[None, :] * bend
+        at = offsets(strides_grad_x, pixel, channel, pixels_of_image)
         tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _normal_density(x):
-    return 0.3989422804014327 * tl.exp2(-0.7213475204444817 * x * x)
-
-
-@triton.jit
-def _joined(count, mean, squares):
-    """Mean and sum of squared deviations [B] of groups [A, B] of ``count`` [A] values each."""
-    total = tl.maximum(tl.sum(count, axis=0), 1.0)
-    count = count[:, None]
-    of_all = tl.sum(count * mean, axis=0) / total
-    of_all += tl.sum(count * (mean - of_all[None, :]), axis=0) / total  # what rounding left
-    away = mean - of_all[None, :]
-    return of_all, tl.sum(squares + count * away * away, axis=0)
-
-
-@triton.jit
-def _store_part(partial, first, second, channel, channels):
-    """This program's part of two sums over pixels."""
-    at = tl.program_id(1).to(tl.int64) * channels + channel
-    second_half = tl.cast(channels, tl.int64) * tl.num_programs(1)
-    tl.store(partial + at, first, mask=channel < channels)
-    tl.store(partial + second_half + at, second, mask=channel < channels)
-
-
-@triton.jit
-def _load_parts(partial, channel, channels, parts, PARTS: tl.constexpr):
-    """Both sums of all parts, [PARTS, channel] each."""
-    part = tl.arange(0, PARTS)
-    at = part.to(tl.int64)[:, None] * channels + channel[None, :]
-    ok = (part < parts)[:, None] & (channel < channels)[None, :]
-    second_half = tl.cast(channels, tl.int64) * parts
-    first = tl.load(partial + at, mask=ok, other=0.0)
-    return first, tl.load(partial + second_half + at, mask=ok, other=0.0)
 
 
 @triton.jit
@@ -286,29 +280,30 @@ def _stats_kernel(
     pixels_of_image,
     channels,
     partial,
+    GELU: tl.constexpr,
     per_part,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of GELU(x) over the pixels of one part."""
-    begin, end, channel, channel_ok = _part(pixels, channels, per_part, CHANNELS)
+    """Mean and sum of squared deviations of the values over the pixels of one part."""
+    begin, end, channel, channel_ok = part_of_pixels(pixels, channels, per_part, CHANNELS)
     lane = tl.arange(0, PIXELS)
     ok = (begin + lane < end)[:, None] & channel_ok[None, :]
-    first = gelu(_load(x, strides_x, begin + lane, channel, pixels_of_image, ok))
+    first = load_value(x, strides_x, begin + lane, channel, pixels_of_image, ok, GELU)
     sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
     squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for start in tl.range(begin, end, PIXELS, num_stages=STAGES):
         pixel = start + lane
         ok = (pixel < end)[:, None] & channel_ok[None, :]
-        value = gelu(_load(x, strides_x, pixel, channel, pixels_of_image, ok))
+        value = load_value(x, strides_x, pixel, channel, pixels_of_image, ok, GELU)
         away = tl.where(ok, value - first, 0.0)
         sums += away
         squares += away * away
     count = tl.maximum((end - begin - lane + PIXELS - 1) // PIXELS, 0).to(tl.float32)
     away = sums / tl.maximum(count, 1.0)[:, None]
-    mean_of_all, squares_of_all = _joined(count, first + away, squares - sums * away)
-    _store_part(partial, mean_of_all, squares_of_all, channel, channels)
+    mean_of_all, squares_of_all = joined(count, first + away, squares - sums * away)
+    store_part(partial, mean_of_all, squares_of_all, channel, channels)
 
 
 @triton.jit
@@ -323,10 +318,10 @@ def _add_stats_kernel(
     CHANNELS: tl.constexpr,
 ):
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    mean, squares = _load_parts(partial, channel, channels, parts, PARTS)
+    mean, squares = load_parts(partial, channel, channels, parts, PARTS)
     begin = tl.arange(0, PARTS).to(tl.int64) * per_part
     count = tl.minimum(tl.maximum(pixels - begin, 0), per_part)
-    mean_of_all, squares_of_all = _joined(count.to(tl.float32), mean, squares)
+    mean_of_all, squares_of_all = joined(count.to(tl.float32), mean, squares)
     ok = channel < channels
     tl.store(stats + channel, mean_of_all, mask=ok)
     tl.store(stats + channels + channel, squares_of_all / pixels, mask=ok)
@@ -342,26 +337,34 @@ def _grad_affine_kernel(
     pixels_of_image,
     channels,
     stats,
+    weight,
+    bias,
     eps,
     partial,
+    GELU: tl.constexpr,
+    GATED: tl.constexpr,
     per_part,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Sums of grad_y * (GELU(x) - mean) and of grad_y over the pixels of one part."""
-    begin, end, channel, channel_ok = _part(pixels, channels, per_part, CHANNELS)
-    mean = _load_vector(stats, channel, channel_ok)
+    """Sums of grad * (value - mean) and of grad, the gradient of what was normalised, over the
+    pixels of one part.
+    """
+    begin, end, channel, channel_ok = part_of_pixels(pixels, channels, per_part, CHANNELS)
+    mean, factor, shift = factors(stats, weight, bias, channel, channel_ok, channels, eps)
     products = tl.zeros((PIXELS, CHANNELS), tl.float32)
     grads = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for start in tl.range(begin, end, PIXELS, num_stages=STAGES):
         pixel = start + tl.arange(0, PIXELS)
         ok = (pixel < end)[:, None] & channel_ok[None, :]
-        value = gelu(_load(x, strides_x, pixel, channel, pixels_of_image, ok))
-        grad = _load(grad_y, strides_grad_y, pixel, channel, pixels_of_image, ok)
+        value = load_value(x, strides_x, pixel, channel, pixels_of_image, ok, GELU)
+        grad = load(grad_y, strides_grad_y, pixel, channel, pixels_of_image, ok)
+        if GATED:
+            grad = through_relu(grad, normalised(value, mean, factor, shift))
         products += (value - mean[None, :]) * grad
         grads += grad
-    _store_part(partial, tl.sum(products, axis=0), tl.sum(grads, axis=0), channel, channels)
+    store_part(partial, tl.sum(products, axis=0), tl.sum(grads, axis=0), channel, channels)
 
 
 @triton.jit
@@ -369,6 +372,8 @@ def _add_grad_affine_kernel(
     partial,
     grads,
     stats,
+    weight,
+    bias,
     eps,
     pixels,
     channels,
@@ -379,7 +384,7 @@ def _add_grad_affine_kernel(
 ):
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     ok = channel < channels
-    products, sums = _load_parts(partial, channel, channels, parts, PARTS)
-    inverse = _inverse_deviation(stats, channel, ok, channels, eps)
+    products, sums = load_parts(partial, channel, channels, parts, PARTS)
+    inverse = inverse_deviation(stats, channel, ok, channels, eps)
     tl.store(grads + channel, tl.sum(products, axis=0) * inverse, mask=ok)
     tl.store(grads + channels + channel, tl.sum(sums, axis=0), mask=ok)

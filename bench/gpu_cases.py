@@ -329,17 +329,26 @@ def _compiled(plain: Callable[[Tensor], Tensor], x: list[Tensor]) -> Callable[[i
     return lambda i: run(x[i])
 
 
-@dataclass(frozen=True)
-class GeluBatchNorm:
-    """BatchNorm of GELU in training, forward and backward, channels_last, with float32 weights."""
+_IN_TORCH = {
+    "gelu_batch_norm": "F.batch_norm(F.gelu(x))",
+    "batch_norm_relu": "F.relu(F.batch_norm(x))",
+}
 
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """BatchNorm after GELU, or before ReLU, in training, forward and backward, channels_last, with
+    float32 weights.
+    """
+
+    function: str
     batch: int
     channels: int
     size: int
 
     @property
     def name(self) -> str:
-        return f"gelu_batch_norm on {self.batch}x{self.channels}x{self.size}x{self.size}"
+        return f"{self.function} on {self.batch}x{self.channels}x{self.size}x{self.size}"
 
     def build(self, device: str, backend: str) -> Problem:
         size = (self.batch, self.channels, self.size, self.size)
@@ -354,10 +363,13 @@ class GeluBatchNorm:
             return torch.autograd.grad(y, x, grad)[0]
 
         def ours(x: Tensor, weight: Tensor) -> Tensor:
-            return mk.gelu_batch_norm(x, None, None, weight, bias, True, backend=backend)
+            return getattr(mk, self.function)(x, None, None, weight, bias, True, backend=backend)
 
         def plain(x: Tensor, weight: Tensor) -> Tensor:
-            return F.batch_norm(F.gelu(x), None, None, weight, bias.to(weight.dtype), True)
+            vectors = None, None, weight, bias.to(weight.dtype), True
+            if self.function == "gelu_batch_norm":
+                return F.batch_norm(F.gelu(x), *vectors)
+            return F.relu(F.batch_norm(x, *vectors))
 
         truth, expected = (
             grad_x(plain, x[0].double(), grad[0].double()),
@@ -366,10 +378,10 @@ class GeluBatchNorm:
         return Problem(
             {
                 "ours": lambda i: grad_x(ours, x[i], grad[i]),
-                "F.batch_norm(F.gelu(x))": lambda i: grad_x(plain, x[i], grad[i]),
+                _IN_TORCH[self.function]: lambda i: grad_x(plain, x[i], grad[i]),
             },
             lambda got: error_ratio(got, expected, truth),
-            baseline="F.batch_norm(F.gelu(x))",
+            baseline=_IN_TORCH[self.function],
         )
 
 
@@ -392,7 +404,7 @@ def error_ratio(got: Tensor, plain: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).norm()) / floor
 
 
-Case = Linear | Compact | GradScores | SelectTopK | SelectTopKMany | Conv2d | Fused | GeluBatchNorm
+Case = Linear | Compact | GradScores | SelectTopK | SelectTopKMany | Conv2d | Fused | BatchNorm
 
 CASES: tuple[Case, ...] = (
     *(Linear(16384, 16384, tokens, "aligned") for tokens in (1, 16, 64, 1024)),
@@ -409,7 +421,8 @@ CASES: tuple[Case, ...] = (
     Conv2d(512, 256, 16, 1),
     Fused(128, 256, 32, 5, groups=256),
     Fused(128, 256, 32, 1, groups=1),
-    GeluBatchNorm(512, 256, 16),
+    BatchNorm("gelu_batch_norm", 512, 256, 16),
+    BatchNorm("batch_norm_relu", 256, 64, 32),
 )
 
 TOY: tuple[Case, ...] = (
@@ -423,6 +436,7 @@ TOY: tuple[Case, ...] = (
     Compact(9, 33, 3),
     Fused(2, 4, 5, 3, groups=4),
     Fused(2, 4, 5, 1, groups=1),
-    GeluBatchNorm(2, 4, 5),
+    BatchNorm("gelu_batch_norm", 2, 4, 5),
+    BatchNorm("batch_norm_relu", 2, 4, 5),
 )
 """Small enough for the tests."""

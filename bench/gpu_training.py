@@ -43,7 +43,7 @@ def measure(net: Net, device: str = "cuda", backend: str = "triton") -> dict[str
     result: dict[str, Any] = {}
     steps: dict[str, Callable[[], Tensor]] = {}
     weights = masked_weights(net)
-    for way in ways(net):
+    for way in ways(net, device):
         try:
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()

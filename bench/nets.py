@@ -79,17 +79,20 @@ RECIPES = {
     "ours, mask": mk.recipes.edge_popup(),
     RECOMPUTED: mk.recipes.random_padding(1e-2),
 }
-WAYS = (*RECIPES, "dense eager", "dense, fused norms", "published layer")
+FUSED_NORMS = "dense, fused norms"
+WAYS = (*RECIPES, "dense eager", FUSED_NORMS, "published layer")
 """``ours`` is random_padding(1e-2), ``ours, mask`` has a dense weight; the published layer writes
-its weight out and so costs the same for both. Fused norms are this package's GELU with
-BatchNorm2d, in a dense network, and recomputed ones ``mk.nn.recompute_norms``; networks without
-that pair have no such ways.
+its weight out and so costs the same for both. Fused norms are those of this package's
+``FusedSequential``, in a dense network, and recomputed ones ``mk.nn.recompute_norms``.
 """
 
 
-def ways(net: Net) -> tuple[str, ...]:
-    """Those that differ from one another."""
-    return WAYS if "convmixer" in net.model else tuple(w for w in WAYS if "norms" not in w)
+def ways(net: Net, device: str = "cpu") -> tuple[str, ...]:
+    """Those that differ from one another: ResNets recompute nothing, and on GPUs fuse nothing."""
+    if "convmixer" in net.model:
+        return WAYS
+    fuses = "resnet" in net.model and device == "cpu"
+    return tuple(way for way in WAYS if "norms" not in way or (way == FUSED_NORMS and fuses))
 
 
 def masked(net: Net, config: mk.MaskConfig, device: str = "cpu") -> nn.Module:

@@ -10,12 +10,16 @@ constexpr int64_t kBlock = 16; // pixels summed in float before the sums are add
 // Whose gradient grad_y is.
 enum class Of { relu, norm };
 
-// x as a vector of channels sees it: the difference from the mean comes first, which is exact of
-// values far from 0 and near one another.
-struct Channels {
+// What a vector of channels, from channel c on, is normalised by. The difference from the mean
+// comes first, which is exact of values far from 0 and near one another.
+struct Norm {
   const float* mean; // of factors(), as scale and shift
   const float* scale = nullptr;
   const float* shift = nullptr;
+
+  explicit Norm(const float* mean) : mean(mean) {}
+  explicit Norm(const NormFactors& factors)
+      : mean(factors.mean.data()), scale(factors.scale.data()), shift(factors.shift.data()) {}
 
   template <int kLanes>
   MK_INLINE Floats<kLanes> difference(const Floats<kLanes>& x, int64_t c) const {
@@ -79,12 +83,12 @@ struct Sums {
 // d = x - mean, and d²
 struct Moments {
   const float* x;
-  Channels of;
+  Norm norm;
 
   template <int kLanes>
   MK_INLINE void add(
       Floats<kLanes>& first, Floats<kLanes>& second, int64_t c, int64_t at, int64_t count) const {
-    const Floats<kLanes> d = of.difference<kLanes>(load<kLanes>(x + at, count), c);
+    const Floats<kLanes> d = norm.difference<kLanes>(load<kLanes>(x + at, count), c);
     first += d;
     second += d * d;
   }
@@ -95,13 +99,13 @@ template <Of kOf>
 struct Grads {
   const float* x;
   const float* grad_y;
-  Channels of;
+  Norm norm;
 
   template <int kLanes>
   MK_INLINE void add(
       Floats<kLanes>& first, Floats<kLanes>& second, int64_t c, int64_t at, int64_t count) const {
-    const Floats<kLanes> d = of.difference<kLanes>(load<kLanes>(x + at, count), c);
-    const Floats<kLanes> grad = of.gradient<kOf, kLanes>(load<kLanes>(grad_y + at, count), d, c);
+    const Floats<kLanes> d = norm.difference<kLanes>(load<kLanes>(x + at, count), c);
+    const Floats<kLanes> grad = norm.gradient<kOf, kLanes>(load<kLanes>(grad_y + at, count), d, c);
     first += d * grad;
     second += grad;
   }
@@ -112,7 +116,7 @@ struct Normalise {
   const float* x;
   const float* residual; // or null
   int64_t channels;
-  Channels of;
+  Norm norm;
   float* y;
 
   template <int kLanes>
@@ -121,8 +125,9 @@ struct Normalise {
     for (int64_t pixel = begin; pixel < end; ++pixel)
       for_vectors<kLanes>(o.channels, [&](int64_t c, auto count) MK_INLINE_LAMBDA {
         const int64_t at = pixel * o.channels + c;
-        const Floats<kLanes> d = o.of.template difference<kLanes>(load<kLanes>(o.x + at, count), c);
-        Floats<kLanes> out = o.of.template normalised<kLanes>(d, c);
+        const Floats<kLanes> d =
+            o.norm.template difference<kLanes>(load<kLanes>(o.x + at, count), c);
+        Floats<kLanes> out = o.norm.template normalised<kLanes>(d, c);
         if (o.residual)
           out += load<kLanes>(o.residual + at, count);
         store<kLanes>(o.y + at, max_of<kLanes>(Floats<kLanes>{}, out), count);
@@ -136,7 +141,7 @@ struct GradX {
   const float* x;
   const float* grad_y;
   int64_t channels;
-  Channels of;
+  Norm norm;
   const float* slope; // of factors(), as shift
   const float* shift;
   float* grad_x;
@@ -147,11 +152,12 @@ struct GradX {
     for (int64_t pixel = begin; pixel < end; ++pixel)
       for_vectors<kLanes>(o.channels, [&](int64_t c, auto count) MK_INLINE_LAMBDA {
         const int64_t at = pixel * o.channels + c;
-        const Floats<kLanes> d = o.of.template difference<kLanes>(load<kLanes>(o.x + at, count), c);
+        const Floats<kLanes> d =
+            o.norm.template difference<kLanes>(load<kLanes>(o.x + at, count), c);
         const Floats<kLanes> grad =
-            o.of.template gradient<kOf, kLanes>(load<kLanes>(o.grad_y + at, count), d, c) -
+            o.norm.template gradient<kOf, kLanes>(load<kLanes>(o.grad_y + at, count), d, c) -
             load<kLanes>(o.shift + c) - d * load<kLanes>(o.slope + c);
-        store<kLanes>(o.grad_x + at, grad * load<kLanes>(o.of.scale + c), count);
+        store<kLanes>(o.grad_x + at, grad * load<kLanes>(o.norm.scale + c), count);
       });
   }
 };
@@ -159,12 +165,12 @@ struct GradX {
 template <Of kOf>
 void grads(const BatchNorm& p, const float* grad_y, bool of_batch, float* grad_x,
     float* grad_weight, float* grad_bias, const Exec& exec) {
-  const NormFactors norm(p);
-  const Channels of{norm.mean.data(), norm.scale.data(), norm.shift.data()};
-  const Sums<Grads<kOf>> sums{{p.x, grad_y, of}, p.channels};
+  const NormFactors factors(p);
+  const Norm norm(factors);
+  const Sums<Grads<kOf>> sums{{p.x, grad_y, norm}, p.channels};
   store_grad_affine(p, total(sums, p.pixels, exec), grad_weight, grad_bias);
   const Correction correction(p, of_batch ? grad_weight : nullptr, grad_bias);
-  run_pixels(GradX<kOf>{p.x, grad_y, p.channels, of, correction.slope.data(),
+  run_pixels(GradX<kOf>{p.x, grad_y, p.channels, norm, correction.slope.data(),
                  correction.shift.data(), grad_x},
       p.pixels, exec);
 }
@@ -173,14 +179,15 @@ void grads(const BatchNorm& p, const float* grad_y, bool of_batch, float* grad_x
 
 void batch_norm_stats(
     const float* x, int64_t pixels, int64_t channels, float* mean, float* var, const Exec& exec) {
-  const auto sums_about = [&](const float* shift) { return Sums<Moments>{{x, {shift}}, channels}; };
+  const auto sums_about = [&](const float* shift) {
+    return Sums<Moments>{{x, Norm(shift)}, channels};
+  };
   batch_stats(sums_about, pixels, channels, mean, var, exec);
 }
 
 void batch_norm_relu(const BatchNorm& p, const float* residual, float* y, const Exec& exec) {
-  const NormFactors norm(p);
-  const Channels of{norm.mean.data(), norm.scale.data(), norm.shift.data()};
-  run_pixels(Normalise{p.x, residual, p.channels, of, y}, p.pixels, exec);
+  const NormFactors factors(p);
+  run_pixels(Normalise{p.x, residual, p.channels, Norm(factors), y}, p.pixels, exec);
 }
 
 void batch_norm_relu_grads(const BatchNorm& p, const float* grad_y, bool is_of_norm, bool of_batch,

@@ -64,6 +64,7 @@ def normalised(value, mean, factor, shift):
 
 @triton.jit
 def through_relu(grad, value):
+    """Of the value itself or of its gradient, what passes: that of NaN, too."""
     return tl.where(value <= 0.0, 0.0, grad)
 
 

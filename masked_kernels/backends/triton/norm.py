@@ -219,7 +219,7 @@ def _normalise_kernel(
         if RESIDUAL:
             value += load(residual, strides_residual, pixel, channel, pixels_of_image, ok)
         if not GELU:
-            value = tl.where(value <= 0.0, 0.0, value)  # NaN stays
+            value = through_relu(value, value)
         at = offsets(strides_y, pixel, channel, pixels_of_image)
         tl.store(y + at, value.to(y.dtype.element_ty), mask=ok)
 

@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import assert_within
 
 from masked_kernels import _ops
@@ -17,6 +18,7 @@ if reason := backends()["cpu"]:
 
 from masked_kernels.backends.cpu import _relaid, aligned, linear, product
 from masked_kernels.backends.cpu._native import isa as native_isa
+from masked_kernels.backends.cpu._native import native
 from masked_kernels.backends.cpu.plan import (
     PLANS,
     Bounds,
@@ -191,3 +193,24 @@ def test_tiles_follow_the_words() -> None:
     del words
     gc.collect()
     assert len(_relaid._kept) == count - 1
+
+
+def test_a_prepared_chain_knows_its_images_and_copies() -> None:
+    """It holds pointers: the bytes of another tensor must not be read as one."""
+    image, words = torch.randn(2, 5, 6, 4), _ops.pack(torch.ones(4, 9, dtype=torch.bool), "cpu")
+    depthwise = [0, 0, *(3, 3, 1, 1, 1, 1, 1, 1)]
+    affine = torch.tensor([[1.0], [0.0], [1.0], [0.0]]).repeat(1, 4)
+    chain = native().prepare_chain(
+        image, [torch.ones(1)], [words], [affine], ["identity"], depthwise
+    )
+    run = native().masked_conv2d_chain
+    expected = F.conv2d(image.permute(0, 3, 1, 2), torch.ones(4, 1, 3, 3), padding=1, groups=4)
+    torch.testing.assert_close(run(image, chain), expected.permute(0, 2, 3, 1))
+    for x, prepared, message in (
+        (image[:, :4].contiguous(), chain, "x: images of 4x6x4, expected 5x6x4"),
+        (image, chain.clone(), "got a copy"),
+        (image, chain[1:], "did not make"),
+        (image, affine, "did not make"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(x, prepared)

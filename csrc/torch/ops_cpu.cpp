@@ -510,22 +510,62 @@ MaskedConv2dChain::Step step_of(Images& at, const Tensor& values, const Tensor& 
   return made;
 }
 
-// x and the result are [B, H, W, C]; numbers are those of StepNumbers, of each step.
-Tensor masked_conv2d_chain_op(const Tensor& x, const std::vector<Tensor>& values,
+// A chain whose steps are known, for images of one size. To read its steps from the arguments takes
+// as long as a small layer, so they are read once; Python holds what was read as the bytes of a
+// tensor, which owns it.
+struct PreparedChain {
+  MaskedConv2dChain chain; // but for x, y and the number of images
+  Images in, out;          // of one image
+  std::vector<Tensor> held;
+  const PreparedChain* self = this; // not so in a copy of the bytes
+
+  static const PreparedChain& of(const Tensor& bytes) {
+    check(bytes.scalar_type() == ScalarType::Byte && bytes.numel() == sizeof(PreparedChain),
+        "chain: got a tensor that prepare_chain did not make");
+    const auto* prepared = static_cast<const PreparedChain*>(bytes.const_data_ptr());
+    check(prepared->self == prepared, "chain: got a copy of what prepare_chain made");
+    return *prepared;
+  }
+};
+
+// x [B, H, W, C], of which only the size of an image counts; numbers are those of StepNumbers, of
+// each step.
+Tensor prepare_chain_op(const Tensor& x, const std::vector<Tensor>& values,
     const std::vector<Tensor>& bits, const std::vector<Tensor>& affines,
     const std::vector<std::string>& activations, const std::vector<int64_t>& numbers) {
   const size_t count = values.size();
   check(count > 0 && bits.size() == count && affines.size() == count &&
             activations.size() == count && numbers.size() == StepNumbers::kCount * count,
       "values: ", count, " steps, which other arguments do not have");
+  auto prepared = std::make_unique<PreparedChain>();
   Images at = images_of(x);
-  const int64_t images = at.batch;
   at.batch = 1;
-  MaskedConv2dChain chain{floats_of("x", x, x.numel()), images, at.floats(), {}, nullptr};
-  for (size_t i = 0; i < count; ++i)
-    chain.steps.push_back(step_of(at, values[i], bits[i], affines[i], activations[i],
+  prepared->in = at;
+  prepared->chain = {nullptr, 0, at.floats(), {}, nullptr};
+  for (size_t i = 0; i < count; ++i) {
+    prepared->chain.steps.push_back(step_of(at, values[i], bits[i], affines[i], activations[i],
         StepNumbers(&numbers[i * StepNumbers::kCount])));
-  Tensor y = empty({images, at.height, at.width, at.channels}, ScalarType::Float);
+    prepared->held.insert(prepared->held.end(), {values[i], bits[i], affines[i]});
+  }
+  prepared->out = at;
+  Tensor bytes = torch::stable::from_blob(prepared.get(), {sizeof(PreparedChain)}, {1},
+      torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte,
+      [](void* owned) { delete static_cast<PreparedChain*>(owned); });
+  prepared.release();
+  return bytes;
+}
+
+// x and the result are [B, H, W, C].
+Tensor masked_conv2d_chain_op(const Tensor& x, const Tensor& prepared) {
+  const PreparedChain& known = PreparedChain::of(prepared);
+  const Images &in = known.in, &out = known.out, images = images_of(x);
+  check(images.height == in.height && images.width == in.width && images.channels == in.channels,
+      "x: images of ", images.height, "x", images.width, "x", images.channels, ", expected ",
+      in.height, "x", in.width, "x", in.channels);
+  Tensor y = empty({images.batch, out.height, out.width, out.channels}, ScalarType::Float);
+  MaskedConv2dChain chain = known.chain;
+  chain.x = floats_of("x", x, x.numel());
+  chain.images = images.batch;
   chain.y = y.mutable_data_ptr<float>();
   masked_conv2d_chain(chain, exec());
   return y;
@@ -600,8 +640,8 @@ Tensor normalised_by(const Run& run, const Tensor& x, const Tensor& stats,
     double eps) {
   const BatchNorm params = norm_of(x, stats, weight, bias, eps);
   Tensor y = torch::stable::empty_like(x);
-  run(params, residual ? pixels_of("residual", *residual, x) : nullptr,
-      y.mutable_data_ptr<float>(), exec());
+  run(params, residual ? pixels_of("residual", *residual, x) : nullptr, y.mutable_data_ptr<float>(),
+      exec());
   return y;
 }
 
@@ -680,8 +720,9 @@ STABLE_TORCH_LIBRARY(masked_kernels_cpu, m) {
         "int[] geometry) -> Tensor");
   m.def("panel_linear_fused_(Tensor(a!) y, Tensor x, Tensor values, Tensor words, Tensor affine, "
         "str activation, Tensor? residual, int[] geometry) -> ()");
-  m.def("masked_conv2d_chain(Tensor x, Tensor[] values, Tensor[] bits, Tensor[] affines, "
+  m.def("prepare_chain(Tensor x, Tensor[] values, Tensor[] bits, Tensor[] affines, "
         "str[] activations, int[] numbers) -> Tensor");
+  m.def("masked_conv2d_chain(Tensor x, Tensor chain) -> Tensor");
   m.def("finish_(Tensor(a!) y, Tensor affine, str activation, Tensor? residual) -> ()");
   m.def("scored_grad_(Tensor(a!) grad, Tensor values, Tensor? scores, Tensor? scale) -> ()");
   m.def("gelu_stats(Tensor x) -> Tensor");
@@ -721,6 +762,7 @@ STABLE_TORCH_LIBRARY_IMPL(masked_kernels_cpu, CPU, m) {
   m.impl("depthwise_fused_", TORCH_BOX(&depthwise_fused_op));
   m.impl("panel_linear", TORCH_BOX(&panel_linear_op));
   m.impl("panel_linear_fused_", TORCH_BOX(&panel_linear_fused_op));
+  m.impl("prepare_chain", TORCH_BOX(&prepare_chain_op));
   m.impl("masked_conv2d_chain", TORCH_BOX(&masked_conv2d_chain_op));
   m.impl("finish_", TORCH_BOX(&finish_op));
   m.impl("scored_grad_", TORCH_BOX(&scored_grad_op));

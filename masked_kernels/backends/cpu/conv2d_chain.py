@@ -45,15 +45,17 @@ def bind_masked_conv2d_chain(
         else (as_float(v), w.contiguous())
         for kernel, v, w in zip(kernels, values, words, strict=True)
     ]
-    held, bits = [v for v, _ in operands], [b for _, b in operands]
-    affines = [affine.contiguous() for affine in affines]
+    # Detached: a tensor given other data would take the memory away that the chain reads.
+    held, bits = ([t.detach() for t in each] for each in zip(*operands, strict=True))
+    affines = [affine.detach().contiguous() for affine in affines]
     numbers: list[int] = []
     for kernel, adds in zip(kernels, adds_input, strict=True):
         numbers += (kernel.number, adds, *kernel.geometry)
+    chain = native().prepare_chain(as_pixels(x), held, bits, affines, activations, numbers)
     run = native().masked_conv2d_chain.default
 
     def bound(x: Tensor) -> Tensor:
-        y: Tensor = run(as_pixels(x), held, bits, affines, activations, numbers)
+        y: Tensor = run(as_pixels(x), chain)
         return y.permute(0, 3, 1, 2)
 
     return bound

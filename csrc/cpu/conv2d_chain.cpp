@@ -124,7 +124,7 @@ class PlanesWorker {
 
   PlanesWorker(const Plan& plan, const Exec& exec)
       : plan_(plan), exec_(exec), before_(plan.before, exec),
-        memory_(plan.planes.channels * plan.planes.stride()) {
+        memory_(Planes::kVector + plan.planes.channels * plan.planes.stride()) {
     if (plan.before.size() > 0)
       pixels_ = Buffer(plan.planes.channels * plan.planes.pixels());
   }
@@ -134,7 +134,7 @@ class PlanesWorker {
       before_(x, pixels_.data());
       x = pixels_.data();
     }
-    float* const at = memory_.data();
+    float* const at = memory_.data() + Planes::kVector;
     to_planes(plan_.planes, x, at, exec_);
     for (const Step& step : plan_.steps)
       std::visit(

@@ -1,10 +1,12 @@
 // y = epilogue(depthwise convolution of x with w . m), stride 1, of planes that keep their size.
 //
-// A plane is copied once, with the zeros around it. Of a column of the filter each row of pixels is
-// loaded once, for all the rows of outputs in registers that it adds to.
+// Of a column of the filter each row of pixels is loaded once, for all the rows of outputs in
+// registers that it adds to. Where registers hold all outputs of a plane, it is read in place, with
+// a mask for what lies beside its rows; else it is copied first, with the zeros around it.
 #include "buffer.h"
 #include "epilogue.h"
 #include "planes.h"
+#include "prefetch.h"
 #include "row_windows.h"
 
 #include <algorithm>
@@ -50,6 +52,56 @@ MK_INLINE void convolve_rows(
   }
 }
 
+// Whether registers hold a plane's outputs.
+template <int kLanes>
+bool is_held(const Planes& planes) {
+  return planes.height == kRows && planes.width == kLanes;
+}
+
+// sums = the outputs of such a plane
+template <int kLanes, int kKernel>
+MK_INLINE void convolve_held(const float* x, const float* filter, Floats<kLanes> (&sums)[kRows]) {
+  constexpr int kPad = kKernel / 2;
+  Ints<kLanes> lane;
+  for (int i = 0; i < kLanes; ++i)
+    lane[i] = i;
+  for (Floats<kLanes>& sum : sums)
+    sum = Floats<kLanes>{};
+#pragma GCC unroll 1
+  for (int shift = -kPad; shift <= kPad; ++shift, ++filter) {
+    const Ints<kLanes> in_row = ((lane + shift) & -kLanes) == 0;
+    Floats<kLanes> taps[kKernel];
+#pragma GCC unroll 9
+    for (int i = 0; i < kKernel; ++i)
+      taps[i] = splat<kLanes>(filter[i * kKernel]);
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      const Floats<kLanes> pixels =
+          in_row ? load<kLanes>(x + row * kLanes + shift) : Floats<kLanes>{};
+#pragma GCC unroll 9
+      for (int i = 0; i < kKernel; ++i)
+        if (0 <= row + kPad - i && row + kPad - i < kRows)
+          sums[row + kPad - i] += pixels * taps[i];
+    }
+  }
+}
+
+// y [kCount, stride] = finished sums, of rows that begin with position `at` of the residual
+template <int kLanes, int kCount>
+MK_INLINE void finish_rows(const Finish<kLanes>& finish, const Floats<kLanes> (&sums)[kCount],
+    int64_t at, int64_t residual_stride, float* y, int64_t stride) {
+  constexpr int kPair = kCount > 1 ? 2 : 1;
+#pragma GCC unroll 8
+  for (int row = 0; row < kCount; row += kPair) {
+    Floats<kLanes> pair[kPair];
+    for (int i = 0; i < kPair; ++i)
+      pair[i] = sums[row + i];
+    finish(pair, at + row * residual_stride, residual_stride);
+    for (int i = 0; i < kPair; ++i)
+      store<kLanes>(y + (row + i) * stride, pair[i]);
+  }
+}
+
 // filter [taps] = the values whose bit is set, else 0
 template <int kLanes, int64_t kTaps>
 MK_INLINE void load_filter(const float* values, const uint32_t* words, float* filter) {
@@ -67,49 +119,73 @@ MK_INLINE void load_filter(const float* values, const uint32_t* words, float* fi
   }
 }
 
+// Memory for a plane with the zeros around it.
+class Copy {
+ public:
+  explicit Copy(const Padded& padded)
+      : padded_(padded), memory_(Buffer::zeros(padded.floats())),
+        patches_(memory_.data() + padded.first_patch()) {}
+
+  template <int kLanes>
+  MK_INLINE void take(const float* x) const {
+    for (int64_t row = 0; row < padded_.height; ++row)
+      for (int64_t column = 0; column < padded_.width; column += kLanes, x += kLanes)
+        store<kLanes>(center() + row * padded_.stride() + column, load<kLanes>(x));
+  }
+
+  // y = the finished outputs of the rows [first, first + kCount)
+  template <int kLanes, int kKernel, int kCount>
+  MK_INLINE void convolve(
+      const float* filter, const Finish<kLanes>& finish, int64_t first, float* y) const {
+    for (int64_t column = 0; column < padded_.width; column += kLanes) {
+      const int64_t at = first * padded_.stride() + column;
+      Floats<kLanes> sums[kCount];
+      convolve_rows<kLanes, kKernel>(patches_ + at, padded_.stride(), filter, sums);
+      finish_rows(
+          finish, sums, at, padded_.stride(), y + first * padded_.width + column, padded_.width);
+    }
+  }
+
+  float* center() const { return patches_ + padded_.center(); }
+
+ private:
+  const Padded padded_;
+  const Buffer memory_;
+  float* const patches_;
+};
+
 // Channels [channel, end) of planes.
 template <int kLanes, int kKernel>
 MK_INLINE void convolve_body(const Planes& planes, const DepthwiseConv2d& p,
     const RowWindows<float>& windows, int64_t channel, int64_t end) {
   constexpr int64_t kTaps = int64_t{kKernel} * kKernel;
-  const Padded padded{planes.height, planes.width, kKernel};
-  const Buffer buffer = Buffer::zeros(padded.floats());
-  float* const patches = buffer.data() + padded.first_patch();
+  const Copy copy(Padded{planes.height, planes.width, kKernel});
+  const bool held = is_held<kLanes>(planes);
   float filter[kTaps];
   for (; channel < end; ++channel) {
     load_filter<kLanes, kTaps>(
         windows.at(channel * kTaps % p.period), p.words + channel * words_per_row(kTaps), filter);
-    const float* x = p.x + channel * planes.stride();
+    const float* const x = p.x + channel * planes.stride();
     float* const y = p.y + channel * planes.stride();
-    for (int64_t row = 0; row < planes.height; ++row)
-      for (int64_t column = 0; column < planes.width; column += kLanes, x += kLanes)
-        store<kLanes>(patches + padded.center() + row * padded.stride() + column, load<kLanes>(x));
     Epilogue epilogue = p.epilogue;
     if (epilogue.residual)
-      epilogue.residual = patches + padded.center();
+      epilogue.residual = held ? x : copy.center();
     const Finish<kLanes> finish(epilogue, channel);
-    const auto convolve = [&](int64_t first, auto count) MK_INLINE_LAMBDA {
-      constexpr int kRowsNow = count, kPair = kRowsNow > 1 ? 2 : 1;
-      for (int64_t column = 0; column < planes.width; column += kLanes) {
-        const int64_t at = first * padded.stride() + column;
-        Floats<kLanes> sums[kRowsNow];
-        convolve_rows<kLanes, kKernel>(patches + at, padded.stride(), filter, sums);
-#pragma GCC unroll 8
-        for (int row = 0; row < kRowsNow; row += kPair) {
-          Floats<kLanes> pair[kPair];
-          for (int i = 0; i < kPair; ++i)
-            pair[i] = sums[row + i];
-          finish(pair, at + row * padded.stride(), padded.stride());
-          for (int i = 0; i < kPair; ++i)
-            store<kLanes>(y + (first + row + i) * planes.width + column, pair[i]);
-        }
-      }
-    };
+    if (held) {
+      // Another core may have made it; multiply-adds that wait for it leave no room for others.
+      if (channel + 1 < end)
+        Ahead{x + planes.stride(), x + planes.stride() + planes.pixels()}.fetch();
+      Floats<kLanes> sums[kRows];
+      convolve_held<kLanes, kKernel>(x, filter, sums);
+      finish_rows(finish, sums, 0, kLanes, y, kLanes);
+      continue;
+    }
+    copy.take<kLanes>(x);
     int64_t row = 0;
     for (; row + kRows <= planes.height; row += kRows)
-      convolve(row, std::integral_constant<int, kRows>{});
+      copy.convolve<kLanes, kKernel, kRows>(filter, finish, row, y);
     for (; row < planes.height; ++row)
-      convolve(row, std::integral_constant<int, 1>{});
+      copy.convolve<kLanes, kKernel, 1>(filter, finish, row, y);
   }
 }
 

@@ -11,7 +11,8 @@
 namespace masked_kernels {
 
 // An image [channels, height, width], with stride() floats from plane to plane, aligned to cache
-// lines.
+// lines. Between planes and for kVector floats before the first one there is memory that may be
+// read.
 struct Planes {
   static constexpr int64_t kVector = 16; // pixels
   static constexpr int64_t kSquare = 8;  // channels that are transposed at once

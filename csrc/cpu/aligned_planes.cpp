@@ -36,14 +36,16 @@ MK_INLINE void multiply_body(const Planes& planes, const AlignedLinear& p, const
       add_looked_up_body<kLanes, kVectors, kRows>(p.tiles + (block * words + word) * kBlockRows,
           words * kBlockRows, columns, tables, word == 0, sums + block * kBlockRows * kPixels);
   }
-  for (int64_t row = 0; row < p.rows; ++row, sums += kPixels) {
-    Floats<kLanes> v[kVectors];
-    for (int i = 0; i < kVectors; ++i)
-      v[i] = load<kLanes>(sums + i * kLanes);
-    Finish<kLanes>(p.epilogue, row)(v, row * stride + pixel, kLanes);
-    for (int i = 0; i < kVectors; ++i)
-      store<kLanes>(p.y + row * stride + pixel + i * kLanes, v[i]);
-  }
+  for (int64_t row = 0; row < p.rows; row += 2) // a number of planes.kSquare
+    for (int64_t i = 0; i < kPixels; i += kLanes) {
+      const Finish<kLanes> finishes[] = {{p.epilogue, row}, {p.epilogue, row + 1}};
+      Floats<kLanes> v[] = {
+          load<kLanes>(sums + row * kPixels + i), load<kLanes>(sums + (row + 1) * kPixels + i)};
+      const int64_t at = row * stride + pixel + i;
+      Finish<kLanes>::each(finishes, v, at, stride);
+      store<kLanes>(p.y + at, v[0]);
+      store<kLanes>(p.y + at + stride, v[1]);
+    }
 }
 
 namespace avx2 {

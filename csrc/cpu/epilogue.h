@@ -37,18 +37,14 @@ class Finish {
   // Several vectors of outputs; those of y[at + i * step] and the following are v[i].
   template <int kVectors>
   MK_INLINE void operator()(Floats<kLanes> (&v)[kVectors], int64_t at, int64_t step = 0) const {
-    for (Floats<kLanes>& each : v)
-      each = before_(each);
-    if (activation_ == Activation::gelu)
-      gelu<kLanes>(v);
-    else if (activation_ == Activation::relu)
-      for (Floats<kLanes>& each : v)
-        each = max_of<kLanes>(Floats<kLanes>{}, each); // NaN stays NaN
-    for (int i = 0; i < kVectors; ++i) {
-      v[i] = after_(v[i]);
-      if (residual_)
-        v[i] += load<kLanes>(residual_ + at + i * step, count_);
-    }
+    run([&](int) MK_INLINE_LAMBDA -> const Finish& { return *this; }, v, at, step);
+  }
+
+  // The same of a vector of each of several channels.
+  template <int kVectors>
+  MK_INLINE static void each(
+      const Finish (&of)[kVectors], Floats<kLanes> (&v)[kVectors], int64_t at, int64_t step) {
+    run([&](int i) MK_INLINE_LAMBDA -> const Finish& { return of[i]; }, v, at, step);
   }
 
  private:
@@ -56,6 +52,24 @@ class Finish {
       const Epilogue& epilogue, const Map<kLanes>& before, const Map<kLanes>& after, int64_t count)
       : before_(before), after_(after), activation_(epilogue.activation),
         residual_(epilogue.residual), count_(count) {}
+
+  template <class FinishOf, int kVectors>
+  MK_INLINE static void run(
+      const FinishOf& of, Floats<kLanes> (&v)[kVectors], int64_t at, int64_t step) {
+    const Activation activation = of(0).activation_;
+    for (int i = 0; i < kVectors; ++i)
+      v[i] = of(i).before_(v[i]);
+    if (activation == Activation::gelu)
+      gelu<kLanes>(v);
+    else if (activation == Activation::relu)
+      for (Floats<kLanes>& each : v)
+        each = max_of<kLanes>(Floats<kLanes>{}, each); // NaN stays NaN
+    for (int i = 0; i < kVectors; ++i) {
+      v[i] = of(i).after_(v[i]);
+      if (of(i).residual_)
+        v[i] += load<kLanes>(of(i).residual_ + at + i * step, of(i).count_);
+    }
+  }
 
   Map<kLanes> before_, after_;
   Activation activation_;

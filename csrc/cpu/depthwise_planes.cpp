@@ -90,15 +90,15 @@ MK_INLINE void convolve_held(const float* x, const float* filter, Floats<kLanes>
 template <int kLanes, int kCount>
 MK_INLINE void finish_rows(const Finish<kLanes>& finish, const Floats<kLanes> (&sums)[kCount],
     int64_t at, int64_t residual_stride, float* y, int64_t stride) {
-  constexpr int kPair = kCount > 1 ? 2 : 1;
+  constexpr int kAtOnce = kCount == 1 ? 1 : kLanes < 16 ? 2 : 4; // that registers hold
 #pragma GCC unroll 8
-  for (int row = 0; row < kCount; row += kPair) {
-    Floats<kLanes> pair[kPair];
-    for (int i = 0; i < kPair; ++i)
-      pair[i] = sums[row + i];
-    finish(pair, at + row * residual_stride, residual_stride);
-    for (int i = 0; i < kPair; ++i)
-      store<kLanes>(y + (row + i) * stride, pair[i]);
+  for (int row = 0; row < kCount; row += kAtOnce) {
+    Floats<kLanes> v[kAtOnce];
+    for (int i = 0; i < kAtOnce; ++i)
+      v[i] = sums[row + i];
+    finish(v, at + row * residual_stride, residual_stride);
+    for (int i = 0; i < kAtOnce; ++i)
+      store<kLanes>(y + (row + i) * stride, v[i]);
   }
 }
 

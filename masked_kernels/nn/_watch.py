@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,8 +25,7 @@ class Watch:
         self._parts = [layer._modules for layer in self._layers if layer._modules]
         self._children: list[nn.Module | None] = []
         self._dictionaries = _dictionaries(self._layers)
-        self._held: list[Tensor | None] = []  # alive, so that their ids stay theirs
-        self._ids: list[int] = []
+        self._held: list[Tensor | None] = []
         self._tensors: list[Tensor] = []
         self._seen: list[Tensor] | None = None  # when this was asked
         self._state: list[Any] | None = None
@@ -58,18 +57,17 @@ class Watch:
                 self._children = children
                 self._dictionaries = _dictionaries([*self._layers, *children])
         held = [*chain.from_iterable(map(dict.values, self._dictionaries))]
-        ids = [*map(id, held)]
-        if ids != self._ids:
-            self._held, self._ids = held, ids
+        if len(held) != len(self._held) or not all(map(is_, held, self._held)):
+            self._held = held
             self._tensors = [*{id(t): t for t in held if t is not None}.values()]
         return self._tensors
 
 
 def _dictionaries(layers: Iterable[nn.Module | None]) -> list[dict[str, Any]]:
-    """Of parameters and of buffers."""
+    """Of parameters and of buffers; of activations, none."""
     return [
         held
         for layer in layers
-        if layer is not None
+        if layer is not None and (layer._parameters or layer._buffers)
         for held in (layer._parameters, layer._buffers)
     ]

@@ -52,6 +52,14 @@ MK_INLINE void convolve_rows(
   }
 }
 
+template <int kLanes>
+MK_INLINE Ints<kLanes> lane_numbers() {
+  Ints<kLanes> lane;
+  for (int i = 0; i < kLanes; ++i)
+    lane[i] = i;
+  return lane;
+}
+
 // Whether registers hold a plane's outputs.
 template <int kLanes>
 bool is_held(const Planes& planes) {
@@ -62,9 +70,7 @@ bool is_held(const Planes& planes) {
 template <int kLanes, int kKernel>
 MK_INLINE void convolve_held(const float* x, const float* filter, Floats<kLanes> (&sums)[kRows]) {
   constexpr int kPad = kKernel / 2;
-  Ints<kLanes> lane;
-  for (int i = 0; i < kLanes; ++i)
-    lane[i] = i;
+  const Ints<kLanes> lane = lane_numbers<kLanes>();
   for (Floats<kLanes>& sum : sums)
     sum = Floats<kLanes>{};
 #pragma GCC unroll 1
@@ -105,9 +111,7 @@ MK_INLINE void finish_rows(const Finish<kLanes>& finish, const Floats<kLanes> (&
 // filter [taps] = the values whose bit is set, else 0
 template <int kLanes, int64_t kTaps>
 MK_INLINE void load_filter(const float* values, const uint32_t* words, float* filter) {
-  Ints<kLanes> lane;
-  for (int i = 0; i < kLanes; ++i)
-    lane[i] = i;
+  const Ints<kLanes> lane = lane_numbers<kLanes>();
 #pragma GCC unroll 16
   for (int64_t tap = 0; tap < kTaps; tap += kLanes) {
     const int64_t count = std::min<int64_t>(kTaps - tap, kLanes);
@@ -172,7 +176,8 @@ MK_INLINE void convolve_body(const Planes& planes, const DepthwiseConv2d& p,
       epilogue.residual = held ? x : copy.center();
     const Finish<kLanes> finish(epilogue, channel);
     if (held) {
-      // Another core may have made it; multiply-adds that wait for it leave no room for others.
+      // The next plane may be in another core's cache. Multiply-adds that wait for it would leave
+      // no room for those that could run.
       if (channel + 1 < end)
         Ahead{x + planes.stride(), x + planes.stride() + planes.pixels()}.fetch();
       Floats<kLanes> sums[kRows];

@@ -256,6 +256,15 @@ def test_channels_last_images_stay_so(name: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["convmixer", "vit", "resnet"])
+def test_plain_models_can_be_traced(name: str) -> None:
+    """By torch.fx, whose tracer does not know what a tensor is like."""
+    model = mk.models.create_model(name).eval()
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_masked_and_dense_training_agree_when_nothing_is_masked() -> None:
     """At density 1 a masked network is its dense twin: score gradient = weight gradient ⊙ w."""
     torch.manual_seed(0)

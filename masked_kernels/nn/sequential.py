@@ -17,7 +17,7 @@ class FusedSequential(nn.Sequential):
     and the former on GPUs where Triton is.
 
     Children, state and results are those of ``nn.Sequential``. Layers with hooks of their own are
-    called one by one, and a compiled model is left to the compiler, which fuses them itself.
+    called one by one, and so are all where a model is compiled or traced.
     ``fuse = False`` calls all layers one by one.
     """
 
@@ -32,7 +32,8 @@ class FusedSequential(nn.Sequential):
             steps.append(_Add(residual))
         if activation is not None:
             steps.append(activation)
-        fuse = self.fuse and not torch.compiler.is_compiling()
+        is_proxy = not isinstance(input, Tensor)  # of torch.fx
+        fuse = self.fuse and not (is_proxy or torch.compiler.is_compiling())
         while steps:
             fused = _fused(steps, input) if fuse else {}
             input = _run(fused, input) if fused else steps[0](input)

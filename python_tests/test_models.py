@@ -265,6 +265,24 @@ def test_plain_models_can_be_traced(name: str) -> None:
     torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("convmixer", TINY), ("resnet", {"depths": (1, 1)})]
+)
+def test_plain_models_can_be_transformed(name: str, arguments: dict[str, object]) -> None:
+    """By torch.func: the gradient of each image."""
+    model = mk.models.create_model(name, **arguments).eval()
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, image[None]).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    model(x).square().sum().backward()
+    for key, parameter in parameters.items():
+        torch.testing.assert_close(grads[key].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)
+
+
 def test_masked_and_dense_training_agree_when_nothing_is_masked() -> None:
     """At density 1 a masked network is its dense twin: score gradient = weight gradient ⊙ w."""
     torch.manual_seed(0)

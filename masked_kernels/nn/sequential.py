@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._ops import is_watched
 from ..backends import why_unavailable
 from ..norm import batch_norm_relu, gelu_batch_norm
 from .recompute import remember
@@ -17,8 +18,8 @@ class FusedSequential(nn.Sequential):
     and the former on GPUs where Triton is.
 
     Children, state and results are those of ``nn.Sequential``. Layers with hooks of their own are
-    called one by one, and so are all where a model is compiled or traced.
-    ``fuse = False`` calls all layers one by one.
+    called one by one, and so are all where a compiler, a tracer, a dispatch mode or a transform of
+    ``torch.func`` watches. ``fuse = False`` calls all layers one by one.
     """
 
     fuse: bool = True
@@ -33,7 +34,7 @@ class FusedSequential(nn.Sequential):
         if activation is not None:
             steps.append(activation)
         is_proxy = not isinstance(input, Tensor)  # of torch.fx
-        fuse = self.fuse and not (is_proxy or torch.compiler.is_compiling())
+        fuse = self.fuse and not is_proxy and not is_watched()
         while steps:
             fused = _fused(steps, input) if fuse else {}
             input = _run(fused, input) if fused else steps[0](input)

@@ -1,9 +1,11 @@
 """BatchNorm and the activation beside it as one function: validate, call the autograd.Function."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from . import _ops
 from ._checks import check_device, check_float, check_like, check_shape, check_type
@@ -40,18 +42,8 @@ def gelu_batch_norm(
         ``[B, C, H, W]``. Differentiable once in x, weight, bias and residual. Raises ``ValueError``
         when training with fewer than 2 values per channel.
     """
-    _check_norm(x, running_mean, running_var, weight, bias, residual)
-    backend = backend or AUTO
-    running = running_mean, running_var
-    stats = _stats(_ops.gelu_stats, x, *running, training, momentum, backend)
-    y: Tensor
-    if wants_grad(x, weight, bias, residual):
-        y = GeluBatchNorm.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, stats, residual, training, eps, backend
-        )
-    else:
-        y = _ops.gelu_batch_norm(x, stats, weight, bias, residual, eps, backend)
-    return y
+    vectors = running_mean, running_var, weight, bias
+    return _run(_GELU_BATCH_NORM, x, *vectors, training, momentum, eps, residual, backend)
 
 
 def batch_norm_relu(
@@ -72,17 +64,41 @@ def batch_norm_relu(
 
     Arguments, result and errors are those of ``gelu_batch_norm``.
     """
+    vectors = running_mean, running_var, weight, bias
+    return _run(_BATCH_NORM_RELU, x, *vectors, training, momentum, eps, residual, backend)
+
+
+class _Norm(NamedTuple):
+    """Its autograd.Function and its ops."""
+
+    function: type[Function]
+    stats: Callable[..., Tensor]
+    forward: Callable[..., Tensor]
+
+
+_GELU_BATCH_NORM = _Norm(GeluBatchNorm, _ops.gelu_stats, _ops.gelu_batch_norm)
+_BATCH_NORM_RELU = _Norm(BatchNormRelu, _ops.batch_norm_stats, _ops.batch_norm_relu)
+
+
+def _run(
+    norm: _Norm,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    backend: str | None,
+) -> Tensor:
     _check_norm(x, running_mean, running_var, weight, bias, residual)
     backend = backend or AUTO
-    running = running_mean, running_var
-    stats = _stats(_ops.batch_norm_stats, x, *running, training, momentum, backend)
-    y: Tensor
-    if wants_grad(x, weight, bias, residual):
-        y = BatchNormRelu.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, stats, residual, training, eps, backend
-        )
-    else:
-        y = _ops.batch_norm_relu(x, stats, weight, bias, residual, eps, backend)
+    stats = _stats(norm.stats, x, running_mean, running_var, training, momentum, backend)
+    if not wants_grad(x, weight, bias, residual):
+        return norm.forward(x, stats, weight, bias, residual, eps, backend)
+    y: Tensor = norm.function.apply(x, weight, bias, stats, residual, training, eps, backend)
     return y
 
 

@@ -12,6 +12,8 @@
 
 namespace masked_kernels {
 
+constexpr int64_t kBlock = 16; // pixels summed in float before the sums are added up in double
+
 // Per-channel factors, with room for a whole vector at the end.
 inline Buffer factors(int64_t channels) {
   constexpr int64_t kMaxLanes = 16;
@@ -72,6 +74,15 @@ MK_AVX512 void run(const Pass& pass, int64_t begin, int64_t end) {
 }
 } // namespace avx512
 #endif
+
+// fn(c, at, count) for each vector of the channels of the pixels [begin, end): it begins with
+// channel c, which is x[at].
+template <int kLanes, class Fn>
+MK_INLINE void for_pixels(int64_t begin, int64_t end, int64_t channels, const Fn& fn) {
+  for (int64_t pixel = begin; pixel < end; ++pixel)
+    for_vectors<kLanes>(channels,
+        [&](int64_t c, auto count) MK_INLINE_LAMBDA { fn(c, pixel * channels + c, count); });
+}
 
 template <class Pass>
 void run_pixels(const Pass& pass, int64_t pixels, const Exec& exec) {

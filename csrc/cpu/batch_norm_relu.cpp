@@ -5,8 +5,6 @@
 namespace masked_kernels {
 namespace {
 
-constexpr int64_t kBlock = 16; // pixels summed in float before the sums are added up in double
-
 // Whose gradient grad_y is.
 enum class Of { relu, norm };
 
@@ -122,16 +120,15 @@ struct Normalise {
   template <int kLanes>
   MK_INLINE void run(int64_t begin, int64_t end) const {
     const Normalise o = *this; // which no store can change
-    for (int64_t pixel = begin; pixel < end; ++pixel)
-      for_vectors<kLanes>(o.channels, [&](int64_t c, auto count) MK_INLINE_LAMBDA {
-        const int64_t at = pixel * o.channels + c;
-        const Floats<kLanes> d =
-            o.norm.template difference<kLanes>(load<kLanes>(o.x + at, count), c);
-        Floats<kLanes> out = o.norm.template normalised<kLanes>(d, c);
-        if (o.residual)
-          out += load<kLanes>(o.residual + at, count);
-        store<kLanes>(o.y + at, max_of<kLanes>(Floats<kLanes>{}, out), count);
-      });
+    for_pixels<kLanes>(
+        begin, end, o.channels, [&](int64_t c, int64_t at, auto count) MK_INLINE_LAMBDA {
+          const Floats<kLanes> d =
+              o.norm.template difference<kLanes>(load<kLanes>(o.x + at, count), c);
+          Floats<kLanes> out = o.norm.template normalised<kLanes>(d, c);
+          if (o.residual)
+            out += load<kLanes>(o.residual + at, count);
+          store<kLanes>(o.y + at, max_of<kLanes>(Floats<kLanes>{}, out), count);
+        });
   }
 };
 
@@ -149,16 +146,15 @@ struct GradX {
   template <int kLanes>
   MK_INLINE void run(int64_t begin, int64_t end) const {
     const GradX o = *this; // which no store can change
-    for (int64_t pixel = begin; pixel < end; ++pixel)
-      for_vectors<kLanes>(o.channels, [&](int64_t c, auto count) MK_INLINE_LAMBDA {
-        const int64_t at = pixel * o.channels + c;
-        const Floats<kLanes> d =
-            o.norm.template difference<kLanes>(load<kLanes>(o.x + at, count), c);
-        const Floats<kLanes> grad =
-            o.norm.template gradient<kOf, kLanes>(load<kLanes>(o.grad_y + at, count), d, c) -
-            load<kLanes>(o.shift + c) - d * load<kLanes>(o.slope + c);
-        store<kLanes>(o.grad_x + at, grad * load<kLanes>(o.norm.scale + c), count);
-      });
+    for_pixels<kLanes>(
+        begin, end, o.channels, [&](int64_t c, int64_t at, auto count) MK_INLINE_LAMBDA {
+          const Floats<kLanes> d =
+              o.norm.template difference<kLanes>(load<kLanes>(o.x + at, count), c);
+          const Floats<kLanes> grad =
+              o.norm.template gradient<kOf, kLanes>(load<kLanes>(o.grad_y + at, count), d, c) -
+              load<kLanes>(o.shift + c) - d * load<kLanes>(o.slope + c);
+          store<kLanes>(o.grad_x + at, grad * load<kLanes>(o.norm.scale + c), count);
+        });
   }
 };
 

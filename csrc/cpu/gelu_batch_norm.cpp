@@ -5,8 +5,6 @@
 namespace masked_kernels {
 namespace {
 
-constexpr int64_t kBlock = 16; // pixels summed in float before the sums are added up in double
-
 // fn(GELU(x), c, at, count) for each vector of a pixel's channels: it begins with channel c, which
 // is x[at].
 template <int kLanes, class Fn>
@@ -102,17 +100,16 @@ struct GradX {
   MK_INLINE void run(int64_t begin, int64_t end) const {
     constexpr float kDensity = 0.398942280f; // 1 / sqrt(2 pi)
     const GradX o = *this;                   // which no store can change
-    for (int64_t pixel = begin; pixel < end; ++pixel)
-      for_vectors<kLanes>(o.channels, [&](int64_t c, auto count) MK_INLINE_LAMBDA {
-        const int64_t at = pixel * o.channels + c;
-        const Floats<kLanes> in = load<kLanes>(o.x + at, count);
-        const Normal<kLanes> normal(in);
-        const Floats<kLanes> d = in * normal.cdf - load<kLanes>(o.mean + c);
-        const Floats<kLanes> grad = load<kLanes>(o.grad_y + at, count) - load<kLanes>(o.shift + c) -
-                                    d * load<kLanes>(o.slope + c);
-        const Floats<kLanes> slope_of_gelu = normal.cdf + in * kDensity * normal.bell;
-        store<kLanes>(o.grad_x + at, grad * load<kLanes>(o.scale + c) * slope_of_gelu, count);
-      });
+    for_pixels<kLanes>(
+        begin, end, o.channels, [&](int64_t c, int64_t at, auto count) MK_INLINE_LAMBDA {
+          const Floats<kLanes> in = load<kLanes>(o.x + at, count);
+          const Normal<kLanes> normal(in);
+          const Floats<kLanes> d = in * normal.cdf - load<kLanes>(o.mean + c);
+          const Floats<kLanes> grad = load<kLanes>(o.grad_y + at, count) -
+                                      load<kLanes>(o.shift + c) - d * load<kLanes>(o.slope + c);
+          const Floats<kLanes> slope_of_gelu = normal.cdf + in * kDensity * normal.bell;
+          store<kLanes>(o.grad_x + at, grad * load<kLanes>(o.scale + c) * slope_of_gelu, count);
+        });
   }
 };
 

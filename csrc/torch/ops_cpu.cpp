@@ -650,16 +650,26 @@ Tensor gelu_batch_norm_op(const Tensor& x, const Tensor& stats, const OptionalTe
   return normalised_by(gelu_batch_norm, x, stats, weight, bias, residual, eps);
 }
 
-// The gradients of x and, [2, C], of weight and bias.
+// The gradients of x and, [2, C], of weight and bias, by run(grad_y, grad_x, grad_weight,
+// grad_bias).
+template <class Run>
+std::tuple<Tensor, Tensor> grads_by(
+    const Run& run, const Tensor& grad_y, const Tensor& x, int64_t channels) {
+  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_affine = empty({2, channels}, ScalarType::Float);
+  float* grad_weight = grad_affine.mutable_data_ptr<float>();
+  run(pixels_of("grad_y", grad_y, x), grad_x.mutable_data_ptr<float>(), grad_weight,
+      grad_weight + channels);
+  return {grad_x, grad_affine};
+}
+
 std::tuple<Tensor, Tensor> gelu_batch_norm_grads_op(const Tensor& grad_y, const Tensor& x,
     const Tensor& stats, const OptionalTensor& weight, bool of_batch, double eps) {
   const BatchNorm params = norm_of(x, stats, weight, std::nullopt, eps);
-  Tensor grad_x = torch::stable::empty_like(x);
-  Tensor grad_affine = empty({2, params.channels}, ScalarType::Float);
-  float* grad_weight = grad_affine.mutable_data_ptr<float>();
-  gelu_batch_norm_grads(params, pixels_of("grad_y", grad_y, x), of_batch,
-      grad_x.mutable_data_ptr<float>(), grad_weight, grad_weight + params.channels, exec());
-  return {grad_x, grad_affine};
+  const auto run = [&](const float* of_y, float* of_x, float* of_weight, float* of_bias) {
+    gelu_batch_norm_grads(params, of_y, of_batch, of_x, of_weight, of_bias, exec());
+  };
+  return grads_by(run, grad_y, x, params.channels);
 }
 
 Tensor batch_norm_stats_op(const Tensor& x) {
@@ -671,17 +681,14 @@ Tensor batch_norm_relu_op(const Tensor& x, const Tensor& stats, const OptionalTe
   return normalised_by(batch_norm_relu, x, stats, weight, bias, residual, eps);
 }
 
-// As gelu_batch_norm_grads_op.
 std::tuple<Tensor, Tensor> batch_norm_relu_grads_op(const Tensor& grad_y, const Tensor& x,
     const Tensor& stats, const OptionalTensor& weight, const OptionalTensor& bias, bool is_of_norm,
     bool of_batch, double eps) {
   const BatchNorm params = norm_of(x, stats, weight, bias, eps);
-  Tensor grad_x = torch::stable::empty_like(x);
-  Tensor grad_affine = empty({2, params.channels}, ScalarType::Float);
-  float* grad_weight = grad_affine.mutable_data_ptr<float>();
-  batch_norm_relu_grads(params, pixels_of("grad_y", grad_y, x), is_of_norm, of_batch,
-      grad_x.mutable_data_ptr<float>(), grad_weight, grad_weight + params.channels, exec());
-  return {grad_x, grad_affine};
+  const auto run = [&](const float* of_y, float* of_x, float* of_weight, float* of_bias) {
+    batch_norm_relu_grads(params, of_y, is_of_norm, of_batch, of_x, of_weight, of_bias, exec());
+  };
+  return grads_by(run, grad_y, x, params.channels);
 }
 
 std::string isa_op() {
